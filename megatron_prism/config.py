@@ -1,0 +1,179 @@
+"""Recipes: TOML plus `key.sub=value` overrides, checked against a pydantic schema before torch is imported.
+
+Owns: the strict base class of every config block, the blocks that several stages share, reading and resolving a recipe.
+Refuses: unknown keys (with the nearest known one), wrong types, values out of range. All errors of a recipe are reported at once.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_prism.errors import UserError
+
+
+class Block(BaseModel):
+    """A frozen config block: unknown keys and wrong types are refused, off is None, docstrings are the help text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class ParallelConfig(Block):
+    """How one model is cut over ranks. Data parallelism is never set: dp = world size / (tp * pp * cp)."""
+
+    tp: Positive = 1
+    """tensor parallel: every layer's matrices are cut over this many ranks"""
+    pp: Positive = 1
+    """pipeline parallel: the layers are cut into this many stages"""
+    vpp: Annotated[int, Field(ge=2)] | None = None
+    """virtual pipeline: chunks of layers that each pipeline rank holds (interleaved 1F1B)"""
+    cp: Positive = 1
+    """context parallel: every sequence is cut over this many ranks"""
+    sp: bool = False
+    """sequence parallel: norms and dropout also cut the sequence over the tensor-parallel ranks"""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model: tp * pp * cp."""
+        return self.tp * self.pp * self.cp
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """Read a TOML recipe (None: overrides alone), apply `key.sub=value` overrides, check it against `schema`.
+
+    Errors: UserError listing every unknown key, missing key and wrong value.
+    """
+    data = {} if path is None else read_toml(path)
+    for override in overrides:
+        _apply_override(data, override)
+    return validate(data, schema, where=str(path) if path else "command line")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Errors: UserError for a missing or malformed file."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the path of a TOML recipe") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the path of a TOML recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def validate(data: dict[str, Any], schema: type[Schema], where: str) -> Schema:
+    """Check plain tables against a schema, strictly (JSON types: an int is no string, a list may be a tuple)."""
+    try:
+        return schema.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        lines = [_describe(problem, schema) for problem in error.errors(include_url=False)]
+        raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def to_toml(config: BaseModel) -> str:
+    """The resolved config as TOML; keys that are off (None) are left out, which reads back as off."""
+    return tomli_w.dumps(_without_none(json.loads(config.model_dump_json())))
+
+
+def config_hash(config: BaseModel) -> str:
+    """sha256 of the resolved config: two runs with one hash were asked for the same thing."""
+    text = json.dumps(json.loads(config.model_dump_json()), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must read key=value or block.key=value, as in parallel.tp=2")
+    *parents, leaf = key.strip().split(".")
+    place: Any = data
+    for parent in parents:
+        place = _step_into(place, parent, override)
+    if isinstance(place, list):
+        place[_list_index(place, leaf, override)] = _parse_value(text)
+    elif isinstance(place, dict):
+        place[leaf] = _parse_value(text)
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(parents)} is a value, not a block")
+
+
+def _step_into(place: Any, key: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_list_index(place, key, override)]
+    if isinstance(place, dict):
+        return place.setdefault(key, {})
+    raise UserError(f"override {override!r}: there is no block {key!r} to go into")
+
+
+def _list_index(items: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise UserError(f"override {override!r}: {key!r} must be an index from 0 to {len(items) - 1}")
+    return int(key)
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value where it is one (2, 1e-4, true, [1, 2], "x"), else the text itself; `none` is off."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _describe(problem: Any, schema: type[BaseModel]) -> str:
+    place = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place, _known_keys(schema), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(_siblings(place, schema))}"
+        return f"unknown key {place}{hint}"
+    if problem["type"] == "missing":
+        return f"{place} is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{place}: {message}" if problem["loc"] else message
+    return f"{place}={problem['input']!r}: {message}"
+
+
+def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [block for part in getattr(annotation, "__args__", ()) for block in _blocks_in(part)]
+
+
+def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        keys.append(prefix + name)
+        for block in _blocks_in(field.annotation):
+            keys += _known_keys(block, f"{prefix}{name}.")
+    return keys
+
+
+def _siblings(place: str, schema: type[BaseModel]) -> list[str]:
+    parent = place.rpartition(".")[0]
+    prefix = f"{parent}." if parent else ""
+    names = [key.removeprefix(prefix) for key in _known_keys(schema) if key.startswith(prefix)]
+    return sorted({name for name in names if "." not in name}) or ["nothing"]
