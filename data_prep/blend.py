@@ -1,0 +1,98 @@
+"""A blend: which prepared sources a run draws from, in which shares, and the seed of their order. One small TOML file.
+
+    seed = 1234
+    [[source]]
+    name = "megamath"            # its order of documents is drawn from (seed, name, epoch)
+    domain = "math"              # reports add sources up by it
+    weight = 55.0                # share of sampled tokens; weights need not sum to anything
+    train = "megamath/train"     # folders with a manifest.json, relative to this file
+    validation = "megamath/validation"
+
+`prism prep` writes one; edit a copy to change weights or to join several prep outputs. Refuses: weights that are not positive, double names.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from megatron_prism import artifact
+from megatron_prism.config import Block, NonNegative, PositiveFloat, read_toml, validate
+from megatron_prism.data_prep.manifest import Manifest, common, load_manifest
+from megatron_prism.data_prep.sampler import Sampler
+from megatron_prism.errors import UserError
+
+BLEND = "blend.toml"
+
+
+@dataclass(frozen=True)
+class BlendSource:
+    """One source of a blend; the folders are as found from the blend's own place. validation: None where nothing was held out."""
+
+    name: str
+    domain: str
+    weight: float
+    train: Path
+    validation: Path | None = None
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What a run samples from."""
+
+    seed: int
+    sources: tuple[BlendSource, ...]
+
+    def manifests(self, split: str = "train") -> list[Manifest]:
+        """The manifest of every source's train or validation split, in order; sources without that split are left out. One tokenizer for all."""
+        folders = [folder for source in self.sources if (folder := getattr(source, split)) is not None]
+        found = [load_manifest(folder) for folder in folders]
+        common(found)
+        return found
+
+    def sampler(self, seq_len: int, manifests: list[Manifest] | None = None) -> Sampler:
+        """The sampler of the train split. manifests: as from `manifests()`, where they are at hand."""
+        manifests = self.manifests() if manifests is None else manifests
+        lengths = [manifest.document_lengths() for manifest in manifests]
+        return Sampler(lengths, [source.weight for source in self.sources], seq_len, self.seed, names=[source.name for source in self.sources])
+
+
+class _SourceTable(Block):
+    name: str
+    domain: str = "general"
+    weight: PositiveFloat
+    train: str
+    validation: str | None = None
+
+
+class _BlendFile(Block):
+    seed: NonNegative
+    source: list[_SourceTable]
+
+
+def load_blend(path: Path) -> Blend:
+    """Read a blend.toml, or the one of a finished prep output. Errors: UserError for bad tables or an unfinished output."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / BLEND
+    if (path.parent / artifact.PROVENANCE).is_file() or not path.is_file():
+        artifact.require(path.parent, "prep")
+    content = validate(read_toml(path), _BlendFile, where=str(path))
+    names = [source.name for source in content.source]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{path}: a blend needs at least one [[source]], each with a name of its own; got {names}")
+    sources = [
+        BlendSource(table.name, table.domain, table.weight, path.parent / table.train, path.parent / table.validation if table.validation else None)
+        for table in content.source
+    ]
+    return Blend(content.seed, tuple(sources))
+
+
+def write_blend(path: Path, blend: Blend) -> Path:
+    """Write a blend.toml, with the folders relative to it. Errors: AssertionError for a folder outside the file's own."""
+    tables = []
+    for source in blend.sources:
+        folders = {split: getattr(source, split).relative_to(path.parent).as_posix() for split in ("train", "validation") if getattr(source, split)}
+        tables.append({"name": source.name, "domain": source.domain, "weight": source.weight, **folders})
+    artifact.write_atomic(path, tomli_w.dumps({"seed": blend.seed, "source": tables}))
+    return path

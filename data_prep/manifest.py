@@ -1,0 +1,225 @@
+"""What a folder of shards holds, and whether it still does: `manifest.json` beside the shards of one split of one source.
+
+Owns: reading and writing it, the quick check at training start (sizes and .idx hashes), and the checksums of the .bin files, one per block, that are
+compared at first read (pools are terabytes) or all at once. Refuses: folders without a manifest, unfinished ones, and any byte that changed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megatron_prism import artifact
+from megatron_prism.data_prep import shards as shard_format
+from megatron_prism.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+BLOCK_BYTES = 64 << 20
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One .bin/.idx pair. blocks: xxh3-64 of each BLOCK_BYTES of the .bin, in hex; tokens count the end-of-document ids."""
+
+    name: str
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    idx_sha256: str
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of one split of one source, in order: document d of the source is counted through them.
+
+    text_bytes: UTF-8 bytes of the documents' text. inputs: the files it was made from ({"path", "bytes", "fingerprint"}).
+    """
+
+    folder: Path
+    source: str
+    split: str
+    tokenizer_hash: str
+    vocab_size: int
+    end_of_document: int
+    dtype: str
+    text_bytes: int
+    shards: tuple[Shard, ...]
+    inputs: tuple[dict[str, Any], ...] = ()
+    block_bytes: int = BLOCK_BYTES
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents over all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens over all shards, end-of-document ids included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def prefixes(self) -> list[Path]:
+        """Each shard's path without suffix, as megatron-core's IndexedDataset takes it."""
+        return [self.folder / shard.name for shard in self.shards]
+
+    def document_lengths(self) -> NDArray[np.int32]:
+        """Tokens per document over all shards in order, int32 [num_documents], read from the .idx files."""
+        parts = [np.zeros(0, np.int32)]
+        for shard, prefix in zip(self.shards, self.prefixes, strict=True):
+            index = shard_format.read_index(prefix.with_suffix(".idx"))
+            if (len(index.lengths), int(index.lengths.sum(dtype=np.int64)), index.dtype) != (shard.documents, shard.tokens, self.dtype):
+                raise UserError(
+                    f"{prefix}.idx does not hold the {shard.documents} documents that {self.folder / MANIFEST} names; prepare the data again"
+                )
+            parts.append(index.lengths)
+        return np.concatenate(parts)
+
+    def digest(self) -> str:
+        """sha256 over what decides the tokens: every .idx hash and block checksum. A run records it and refuses silently changed data."""
+        decisive = [self.dtype, self.end_of_document, self.tokenizer_hash, [(shard.idx_sha256, shard.blocks) for shard in self.shards]]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def write_manifest(manifest: Manifest) -> Path:
+    """Write `manifest.json` into the manifest's folder, whole or not at all."""
+    content = {key: value for key, value in asdict(manifest).items() if key != "folder"}
+    totals = {"num_documents": manifest.num_documents, "num_tokens": manifest.num_tokens}
+    artifact.write_atomic(manifest.folder / MANIFEST, json.dumps(content | totals, indent=1) + "\n")
+    return manifest.folder / MANIFEST
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a split, as `NAME/train` of a prep output. Errors: UserError when it is missing, unfinished or of a newer schema."""
+    folder = Path(folder)
+    prep_output = folder.parent.parent
+    if (prep_output / artifact.PROVENANCE).is_file() and not artifact.is_complete(prep_output):
+        artifact.require(prep_output)
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {MANIFEST}; give a split folder that `prism prep` wrote, such as OUTPUT/NAME/train") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read ({error}): it was changed; prepare the data again") from None
+    if content["schema_version"] > SCHEMA_VERSION:
+        raise UserError(
+            f"{folder / MANIFEST} has schema {content['schema_version']}, this version reads up to {SCHEMA_VERSION}; upgrade megatron-prism"
+        )
+    shards = tuple(Shard(**{**shard, "blocks": tuple(shard["blocks"])}) for shard in content.pop("shards"))
+    known = {key: value for key, value in content.items() if key not in ("num_documents", "num_tokens", "inputs")}
+    return Manifest(folder=folder, shards=shards, inputs=tuple(content["inputs"]), **known)
+
+
+def verify(folder: Path, full: bool = False) -> Manifest:
+    """Check a split against its manifest, and return it.
+
+    Always: every file is there in its size, and every .idx has its sha256 (seconds, at training start). full: every block of every .bin too.
+    Errors: UserError naming the file, and the block, that changed.
+    """
+    manifest = load_manifest(folder)
+    for shard, prefix in zip(manifest.shards, manifest.prefixes, strict=True):
+        _check_size(prefix.with_suffix(".bin"), shard.bin_bytes)
+        _check_size(prefix.with_suffix(".idx"), shard.idx_bytes)
+        if file_sha256(prefix.with_suffix(".idx")) != shard.idx_sha256:
+            raise UserError(f"{prefix}.idx differs from its checksum in {manifest.folder / MANIFEST}: the data was changed; prepare it again")
+    if full:
+        check = ReadCheck(manifest)
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda number: check.check(number, 0, manifest.shards[number].bin_bytes), range(len(manifest.shards))))
+    return manifest
+
+
+class ReadCheck:
+    """Compares each block of a split with its checksum the first time it is read.
+
+    Called by whoever reads tokens, on every rank for what that rank reads; remembers the blocks that it has seen.
+    """
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        self._seen = [np.zeros(len(shard.blocks), dtype=bool) for shard in manifest.shards]
+
+    def check(self, shard: int, start: int, stop: int) -> None:
+        """Check the blocks of one .bin that hold the bytes [start, stop). Errors: UserError naming file and block."""
+        size = self.manifest.block_bytes
+        for block in range(start // size, -(-stop // size)):
+            if not self._seen[shard][block]:
+                self._check_block(shard, block)
+                self._seen[shard][block] = True
+
+    def _check_block(self, shard: int, block: int) -> None:
+        path, size = self.manifest.prefixes[shard].with_suffix(".bin"), self.manifest.block_bytes
+        with path.open("rb") as file:
+            file.seek(block * size)
+            found = _hash_part(file, size)
+        if found != self.manifest.shards[shard].blocks[block]:
+            raise UserError(
+                f"{path}, block {block} (bytes {block * size} to {min((block + 1) * size, self.manifest.shards[shard].bin_bytes)}) differs from its "
+                f"checksum in {self.manifest.folder / MANIFEST}: the data was changed or the disk fails; copy it again or prepare it again"
+            )
+
+
+class BlockHasher:
+    """xxh3-64 of every block of a stream of bytes, as it is written."""
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES):
+        self.block_bytes = block_bytes
+        self._done: list[str] = []
+        self._current, self._room = xxhash.xxh3_64(), block_bytes
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take more bytes."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            part, view = view[: self._room], view[self._room :]
+            self._current.update(part)
+            self._room -= len(part)
+            if self._room == 0:
+                self._done.append(self._current.hexdigest())
+                self._current, self._room = xxhash.xxh3_64(), self.block_bytes
+
+    def blocks(self) -> tuple[str, ...]:
+        """The checksums so far; the last block may be short."""
+        return tuple(self._done if self._room == self.block_bytes else [*self._done, self._current.hexdigest()])
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def common(manifests: Iterable[Manifest]) -> Manifest:
+    """The first manifest, after checking that all were made with one tokenizer. Errors: UserError naming the two that differ."""
+    first, *others = manifests
+    for other in others:
+        if (other.tokenizer_hash, other.end_of_document) != (first.tokenizer_hash, first.end_of_document):
+            raise UserError(f"{other.folder} and {first.folder} were made with different tokenizers; prepare all sources of a blend with one")
+    return first
+
+
+def _check_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        state = "is missing" if found is None else f"has {found} bytes"
+        raise UserError(f"{path} {state}, its manifest says {size} bytes: the data was changed; copy it again or prepare it again")
+
+
+def _hash_part(file: BinaryIO, size: int) -> str:
+    hasher = xxhash.xxh3_64()
+    while size and (data := file.read(min(size, READ_BYTES))):
+        hasher.update(data)
+        size -= len(data)
+    return hasher.hexdigest()
