@@ -7,7 +7,8 @@
       COMPLETE          sizes of all files and the digest that children record; no COMPLETE, no reading
 
 Owns: beginning, completing and reading such folders, and single files written whole or not at all.
-Refuses: a folder without COMPLETE, a file that changed size since, a newer schema, overwriting a finished artifact made from something else.
+Refuses: a folder without COMPLETE, a file that changed size since, a newer schema, a folder that holds something else, and overwriting
+a finished artifact that was made from another config or from parents that were made again since.
 Called on one rank only; no torch here.
 """
 
@@ -19,6 +20,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -29,7 +31,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_prism import __version__
-from megatron_prism.config import config_hash, to_toml
+from megatron_prism.config import config_hash, differences, to_toml
 from megatron_prism.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -38,14 +40,18 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.toml"
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
+HASHED_END_BYTES = 1 << 16
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+CHANGED = "the artifact was changed; remove the folder and run its stage again"
 
 
 def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = ()) -> Path:
     """Make `folder` and record what is about to be made in it.
 
     kind: the stage's name, checked when the folder is read back. parents: the finished artifacts it is made from.
-    A folder that exists without COMPLETE is taken up again (its stage decides what it can reuse); one that is COMPLETE is opened again only
-    by the same config and parents. Errors: UserError for an unfinished parent, or another run's finished folder.
+    A folder that was begun and has no COMPLETE is taken up again (its stage decides what it can reuse; `begun_as` tells what it was for); one that
+    is COMPLETE is opened again only by the same config and parents. Errors: UserError for an unfinished parent, another kind's folder, another run's
+    finished folder, and a folder with files that no stage began.
     """
     provenance = {
         "schema_version": SCHEMA_VERSION,
@@ -57,36 +63,49 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
         "command": sys.argv,
         "commit": git_commit(),
         "versions": {"megatron-prism": __version__, "python": platform.python_version(), **package_versions()},
-        "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "system": platform.platform()},
+        "host": host_shape(),
     }
-    if is_complete(folder) and not is_current(folder, config, parents):
-        raise UserError(f"{folder} is a finished {kind} of another config or other parents; choose another output or remove the folder")
+    _check_free(folder, kind, config, parents)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMPLETE).unlink(missing_ok=True)
-    write_atomic(folder / CONFIG, to_toml(config))
+    if is_complete(folder):
+        (folder / COMPLETE).unlink()
+        sync_folder(folder)  # the mark is gone for good before anything else changes
     write_atomic(folder / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
+    write_atomic(folder / CONFIG, to_toml(config))
     return folder
+
+
+def _check_free(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; an output is a folder: choose another output")
+    if not folder.is_dir() or not any(path.suffix != ".tmp" for path in folder.iterdir()):
+        return
+    if not (folder / PROVENANCE).is_file():
+        raise UserError(f"{folder} is not empty and was not made by a stage (no {PROVENANCE} in it); choose another output or remove the folder")
+    found = _read_json(folder / PROVENANCE)["kind"]
+    if found != kind:
+        raise UserError(f"{folder} is a {found}, so a {kind} cannot be written there; choose another output or remove the folder")
+    changed = changes(folder, config, parents) if is_complete(folder) else []
+    if changed:
+        raise UserError(f"{folder} is a finished {kind} of another request ({_few(changed)}); choose another output or remove the folder")
 
 
 def complete(folder: Path) -> str:
     """Write COMPLETE: the size of every file, and the folder's digest (returned), a sha256 that children record as their parent's hash.
 
-    Small files (up to 1 MiB) enter the digest by content, larger ones by size; provenance.json, with its unique id, is always among them.
+    Small files (up to 1 MiB) enter the digest by content, larger ones by size, beginning and end (a checkpoint or a pool of shards is too large to
+    read again; shards have checksums of their own). provenance.json, with its unique id, is always among them, so no two makings have one digest.
     """
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
-    hasher = hashlib.sha256()
-    for name, size in sizes.items():
-        hasher.update(f"{name}\0{size}\0".encode())
-        if size <= HASH_CONTENT_UP_TO_BYTES:
-            hasher.update((folder / name).read_bytes())
+    assert PROVENANCE in sizes and CONFIG in sizes, f"complete() without begin() in {folder}"
     record = {
         "schema_version": SCHEMA_VERSION,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "digest": hasher.hexdigest(),
+        "digest": _digest_of_files(folder, sizes),
         "files": sizes,
     }
     write_atomic(folder / COMPLETE, json.dumps(record, indent=1) + "\n")
-    return record["digest"]
+    return str(record["digest"])
 
 
 def require(folder: Path, kind: str | None = None) -> dict[str, Any]:
@@ -104,15 +123,25 @@ def require(folder: Path, kind: str | None = None) -> dict[str, Any]:
     record, provenance = _read_json(folder / COMPLETE), _read_json(folder / PROVENANCE)
     for part in (record, provenance):
         if part.get("schema_version", 0) > SCHEMA_VERSION:
-            raise UserError(f"{folder} has artifact schema {part['schema_version']}, this version reads up to {SCHEMA_VERSION}; upgrade megatron-prism")
+            raise UserError(
+                f"{folder} has artifact schema {part['schema_version']}, this version reads up to {SCHEMA_VERSION}; upgrade megatron-prism"
+            )
     if kind is not None and provenance["kind"] != kind:
         raise UserError(f"{folder} is a {provenance['kind']}, but a {kind} is needed here")
     for name, size in record["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(f"{folder / name} {state}, {COMPLETE} says {size} bytes: the artifact was changed; make it again")
+            raise UserError(f"{folder / name} {state}, {COMPLETE} says {size} bytes: {CHANGED}")
     return provenance
+
+
+def verify(folder: Path) -> None:
+    """`require`, and the digest computed anew: finds a changed byte in any small file and in the ends of large ones. Errors: UserError."""
+    require(folder)
+    record = _read_json(folder / COMPLETE)
+    if _digest_of_files(folder, record["files"]) != record["digest"]:
+        raise UserError(f"{folder}: the content of its files is not what {COMPLETE} recorded: {CHANGED}")
 
 
 def is_complete(folder: Path) -> bool:
@@ -126,13 +155,40 @@ def digest(folder: Path) -> str:
     return str(_read_json(folder / COMPLETE)["digest"])
 
 
+def begun_as(folder: Path) -> str | None:
+    """The `config_hash` that the folder was begun with, finished or not; None for a folder that no stage began.
+
+    A stage that can continue half-made work asks before `begin`, and reuses only what the same config made.
+    """
+    return str(_read_json(folder / PROVENANCE)["config_hash"]) if (folder / PROVENANCE).is_file() else None
+
+
 def is_current(folder: Path, config: BaseModel, parents: Sequence[Path] = ()) -> bool:
-    """Whether `folder` is finished and was made from this very config and these very parents."""
+    """Whether `folder` is finished and was made from this very config and these very parents. Errors: UserError if its files were changed."""
     if not is_complete(folder):
         return False
-    provenance = require(folder)
-    same_parents = provenance["parents"] == {str(parent): digest(parent) for parent in parents if is_complete(parent)}
-    return same_parents and provenance["config_hash"] == config_hash(config)
+    require(folder)
+    return not changes(folder, config, parents)
+
+
+def changes(folder: Path, config: BaseModel, parents: Sequence[Path] = ()) -> list[str]:
+    """Why a finished folder is not what this config and these parents would make, one text a reason; empty when it is.
+
+    Parents count by digest, not by path: a project that was moved as a whole is still current.
+    """
+    provenance = _read_json(folder / PROVENANCE)
+    found: list[str] = []
+    if provenance["config_hash"] != config_hash(config):
+        found = differences(_read_toml(folder / CONFIG), tomllib.loads(to_toml(config))) or ["its config"]
+    recorded = list(provenance["parents"].values())
+    for place, parent in enumerate(parents):
+        if not is_complete(parent):
+            found.append(f"its input {parent} is not finished")
+        elif place >= len(recorded) or digest(parent) != recorded[place]:
+            found.append(f"its input {parent} was made again since")
+    if len(recorded) > len(parents):
+        found.append(f"it was made from {len(recorded)} inputs, now {len(parents)}")
+    return found
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -158,12 +214,30 @@ def sync_folder(folder: Path) -> None:
 
 def git_commit() -> str | None:
     """The commit of the installed source tree, with `+changes` when files differ from it; None outside git."""
-    git = shutil.which("git")
+    git, here = shutil.which("git"), Path(__file__).resolve()
     if git is None:
         return None
-    command = [git, "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    # An installed copy may lie inside some other project's repository: that commit says nothing about this code.
+    tracked = subprocess.run([git, "-C", str(here.parent), "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
+    if tracked.returncode:
+        return None
+    command = [git, "-C", str(here.parent), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
+
+
+def host_shape() -> dict[str, Any]:
+    """What the work ran on: name, cores, memory in GiB, GPU models, ranks."""
+    gpus = [line.partition(":")[2].strip() for file in sorted(NVIDIA_GPUS.glob("*/information")) for line in file.read_text().splitlines()[:1]]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "name": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "gpus": gpus,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "system": platform.platform(),
+    }
 
 
 def package_versions() -> dict[str, str]:
@@ -178,12 +252,40 @@ def package_versions() -> dict[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder) != Path(COMPLETE))
-    return sorted(path for path in found if not path.name.endswith(".tmp"))
+    """Every file of the artifact but its mark and temporary ones. A link could change behind our back: artifacts hold none."""
+    found = sorted(path for path in folder.rglob("*") if path.relative_to(folder) != Path(COMPLETE) and not path.name.endswith(".tmp"))
+    links = [path for path in found if path.is_symlink()]
+    assert not links, f"an artifact holds its own files, no symbolic links: {links[:3]}"
+    return [path for path in found if path.is_file()]
+
+
+def _digest_of_files(folder: Path, sizes: dict[str, int]) -> str:
+    hasher = hashlib.sha256()
+    for name, size in sizes.items():
+        hasher.update(f"{name}\0{size}\0".encode())
+        with (folder / name).open("rb") as file:
+            if size <= HASH_CONTENT_UP_TO_BYTES:
+                hasher.update(file.read())
+                continue
+            hasher.update(file.read(HASHED_END_BYTES))
+            file.seek(-HASHED_END_BYTES, os.SEEK_END)
+            hasher.update(file.read(HASHED_END_BYTES))
+    return hasher.hexdigest()
+
+
+def _few(texts: list[str], shown: int = 4) -> str:
+    return "; ".join(texts[:shown]) + (f"; and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the artifact was changed; make it again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {CHANGED}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {CHANGED}") from None

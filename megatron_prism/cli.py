@@ -3,22 +3,37 @@
     prism <stage> RECIPE.toml [key.sub=value ...] [--dry-run]
     prism convert import HF_DIR OUT      prism convert export CHECKPOINT OUT
     prism run PIPELINE.toml              prism doctor
+    prism stage my.module RECIPE.toml    (a stage of your own)
 
 Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0.
 """
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from megatron_prism import __version__, stages
-from megatron_prism.config import load_recipe, validate
+from megatron_prism.artifact import write_atomic
+from megatron_prism.config import blocks_in, load_recipe, validate
 from megatron_prism.errors import UserError
 
-app = typer.Typer(help="Mid-train, convert and evaluate open language models on megatron-core.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+ERROR_FILE = "PRISM_ERROR_FILE"
+"""Environment variable: a file that receives the message of a bad-input error, for the launcher that started this process."""
+SECONDS_FOR_RANK_0 = 5.0
+
+app = typer.Typer(
+    help="Carry an open base model from pre-training to RL: data, conversion, mid-training, evaluation.",
+    epilog="A recipe's keys: prism train --keys. What a recipe would do: prism train RECIPE.toml --dry-run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 convert = typer.Typer(help=stages.STAGES["convert"], no_args_is_help=True)
 app.add_typer(convert, name="convert")
 
@@ -29,12 +44,31 @@ Keys = Annotated[bool, typer.Option("--keys", help="list every key of the recipe
 
 def main() -> None:
     """Entry point of `prism`, `python -m megatron_prism` and `torchrun -m megatron_prism`."""
+    _yield_names_of_the_clone()
     try:
         app(_with_recipe_command(sys.argv[1:]), prog_name="prism", standalone_mode=True)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "rank_local", False):
-            typer.secho(f"error: {error}", fg="red", err=True)
+        _report(str(error))
         raise SystemExit(2) from None
+
+
+def _yield_names_of_the_clone() -> None:
+    """A clone on PYTHONPATH also offers its folder `kernels` under the name of a PyPI package that transformers imports: let that one win."""
+    root = Path(__file__).resolve().parent.parent
+    ours = [entry for entry in sys.path if entry and Path(entry).resolve() == root]
+    sys.path[:] = [entry for entry in sys.path if entry not in ours] + ours
+
+
+def _report(message: str) -> None:
+    """Print an error once for all ranks: the others wait, and are ended by torchrun, if rank 0 failed too; an error of their own they print."""
+    error_file = os.environ.get(ERROR_FILE)
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_RANK_0)
+        message = f"rank {os.environ['RANK']}: {message}"
+    if error_file:
+        write_atomic(Path(error_file), message)
+    typer.secho(f"error: {message}", fg="red", err=True)
 
 
 def _with_recipe_command(arguments: list[str]) -> list[str]:
@@ -47,12 +81,15 @@ def _with_recipe_command(arguments: list[str]) -> list[str]:
 def _run_stage(name: str, words: list[str] | None, dry_run: bool, keys: bool) -> None:
     stage = stages.load(name)
     if keys:
-        return _print_keys(stage.Config)
+        _print_keys(stage.Config)
+        return
     if not words:
         raise UserError(f"prism {name} needs a recipe: prism {name} RECIPE.toml [key.sub=value ...]; its keys: prism {name} --keys")
-    recipe = None if "=" in words[0] else Path(words[0])
-    config = load_recipe(recipe, words if recipe is None else words[1:], stage.Config)
-    _dispatch(stage, config, dry_run)
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        raise UserError(f"prism {name} takes one recipe, got {', '.join(recipes)}; an override reads key=value, without spaces")
+    recipe = Path(recipes[0]) if recipes else None
+    _dispatch(stage, load_recipe(recipe, [word for word in words if "=" in word], stage.Config), dry_run)
 
 
 def _dispatch(stage: stages.Stage, config: Any, dry_run: bool) -> None:
@@ -75,6 +112,12 @@ def train(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> N
 @app.command(help=stages.STAGES["evaluate"])
 def evaluate(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
     _run_stage("evaluate", words, dry_run, keys)
+
+
+@app.command("stage", hidden=True)
+def own_stage(module: Annotated[str, typer.Argument(metavar="MODULE")], words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
+    """Run a stage of your own: a module with Config, run, dry_run and parents."""
+    _run_stage(module, words, dry_run, keys)
 
 
 @convert.command("recipe", hidden=True)
@@ -120,16 +163,23 @@ def _convert(options: dict[str, Any], dry_run: bool) -> None:
 def run(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.toml")],
     dry_run: DryRun = False,
+    remake: Annotated[bool, typer.Option("--remake", help="remove outputs that are out of date and make them again")] = False,
 ) -> None:
-    """Run a chain of stages; those whose output is complete and unchanged are skipped."""
+    """Run a chain of stages, skipping what is done.
+
+    A stage whose output is complete and unchanged is skipped; the first failure stops the chain and says where to look.
+    """
     from megatron_prism.launch.pipeline import run_pipeline
 
-    run_pipeline(pipeline, dry_run=dry_run)
+    run_pipeline(pipeline, dry_run=dry_run, remake=remake)
 
 
 @app.command()
 def doctor() -> None:
-    """What this machine has, which engine parts are active, and every patch that the CPU layer applies."""
+    """What this machine offers to the engine.
+
+    Devices and versions, which engine parts are active, and every patch that the CPU layer applies.
+    """
     from megatron_prism.engine.device import report
 
     typer.echo(report())
@@ -142,14 +192,22 @@ def version() -> None:
 
 
 def _print_keys(schema: type[Any], prefix: str = "") -> None:
-    from megatron_prism.config import _blocks_in
-
     for name, field in schema.model_fields.items():
-        blocks = _blocks_in(field.annotation)
-        default = "required" if field.is_required() else f"default {field.default!r}"
-        typer.echo(f"{prefix}{name:<{max(1, 34 - len(prefix))}} {'block' if blocks else default:<24} {field.description or ''}")
+        blocks = blocks_in(field.annotation)
+        default = "required" if field.is_required() else f"default {_shown_default(field)}"
+        typer.echo(f"{prefix + name:<34} {'block' if blocks else default:<24} {field.description or ''}".rstrip())
         for block in blocks:
-            _print_keys(block, f"{prefix}{name}.")
+            _print_keys(block, f"{prefix}{name}." if not _is_list(field.annotation) else f"{prefix}{name}.0.")
+
+
+def _shown_default(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    return "none" if value is None else str(value)
+
+
+def _is_list(annotation: Any) -> bool:
+    origin = getattr(annotation, "__origin__", None)
+    return origin in (list, tuple) or any(_is_list(part) for part in getattr(annotation, "__args__", ()))
 
 
 if __name__ == "__main__":

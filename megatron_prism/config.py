@@ -2,6 +2,7 @@
 
 Owns: the strict base class of every config block, the blocks that several stages share, reading and resolving a recipe.
 Refuses: unknown keys (with the nearest known one), wrong types, values out of range. All errors of a recipe are reported at once.
+TOML has no null: the text `none`, in a recipe or an override, is None, which is off.
 """
 
 import difflib
@@ -57,10 +58,27 @@ def load_recipe(path: Path | None, overrides: Sequence[str], schema: type[Schema
 
     Errors: UserError listing every unknown key, missing key and wrong value.
     """
-    data = {} if path is None else read_toml(path)
+    return validate(merge(path, overrides), schema, where=str(path) if path else "command line")
+
+
+def merge(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The tables of a recipe (None: empty) after its `key.sub=value` overrides, not yet checked against a schema."""
+    data: dict[str, Any] = {} if path is None else _off(read_toml(path))
     for override in overrides:
         _apply_override(data, override)
-    return validate(data, schema, where=str(path) if path else "command line")
+    return data
+
+
+def as_overrides(table: dict[str, Any], prefix: str = "") -> list[str]:
+    """The `key.sub=value` texts that set these tables: `merge(None, as_overrides(t))` gives t back (empty tables are left out)."""
+    found: list[str] = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found += as_overrides(value, f"{prefix}{key}.")
+        else:
+            literal = "none" if value is None else tomli_w.dumps({"v": value}).partition("=")[2].strip()
+            found.append(f"{prefix}{key}={literal}")
+    return found
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -85,8 +103,23 @@ def validate(data: dict[str, Any], schema: type[Schema], where: str) -> Schema:
 
 
 def to_toml(config: BaseModel) -> str:
-    """The resolved config as TOML; keys that are off (None) are left out, which reads back as off."""
-    return tomli_w.dumps(_without_none(json.loads(config.model_dump_json())))
+    """The resolved config as TOML, which `load_recipe` reads back as an equal config.
+
+    A key that is off (None) is left out where off is its default, and written as the text `none` where it is not.
+    """
+    return tomli_w.dumps(_spelled_out(config))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two nested tables, one text a key: `train.steps was 100, now 200`."""
+    found: list[str] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            found.append(f"{prefix}{key} was {_shown(was)}, now {_shown(now)}")
+    return found
 
 
 def config_hash(config: BaseModel) -> str:
@@ -95,12 +128,38 @@ def config_hash(config: BaseModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _without_none(value: Any) -> Any:
+def _spelled_out(config: BaseModel) -> dict[str, Any]:
+    """The JSON form of a config without its default Nones."""
+    table: dict[str, Any] = {}
+    plain = json.loads(config.model_dump_json())
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value is None:
+            if field.is_required() or field.get_default(call_default_factory=False) is not None:
+                table[name] = "none"
+        elif isinstance(value, BaseModel):
+            table[name] = _spelled_out(value)
+        elif isinstance(value, (list, tuple)):
+            table[name] = [_spelled_out(item) if isinstance(item, BaseModel) else plain[name][i] for i, item in enumerate(value)]
+        elif isinstance(value, dict):
+            table[name] = {key: _spelled_out(item) if isinstance(item, BaseModel) else plain[name][key] for key, item in value.items()}
+        else:
+            table[name] = plain[name]
+    return table
+
+
+def _off(value: Any) -> Any:
+    """The tables of a recipe with the text `none` as None."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: _off(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
+        return [_off(item) for item in value]
+    return None if value == "none" else value
+
+
+def _shown(value: Any) -> str:
+    text = "unset" if value is None else json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -144,36 +203,62 @@ def _parse_value(text: str) -> Any:
 
 
 def _describe(problem: Any, schema: type[BaseModel]) -> str:
-    place = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    """One line for one pydantic error: the key as one would write it, the rule, the value, and the way out."""
+    place = ".".join(str(part) for part in problem["loc"] if "[" not in str(part)) or "recipe"
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place, _known_keys(schema), n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(_siblings(place, schema))}"
-        return f"unknown key {place}{hint}"
+        return f"unknown key {place}; {_nearest(place, schema)}"
+    field = _field(place, schema)
+    meaning = f" ({field.description})" if field is not None and field.description else ""
     if problem["type"] == "missing":
-        return f"{place} is missing; it has no default"
+        return f"{place} is missing; it has no default{meaning}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{place}: {message}" if problem["loc"] else message
-    return f"{place}={problem['input']!r}: {message}"
+    return f"{place}={_shown(problem['input'])}: {message[:1].lower()}{message[1:]}{meaning}"
 
 
-def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _nearest(place: str, schema: type[BaseModel]) -> str:
+    """What may have been meant: a key of the same block, then the same key in another block, else the keys of this block."""
+    parent, _, leaf = place.rpartition(".")
+    siblings = _siblings(place, schema)
+    near = difflib.get_close_matches(leaf, siblings, n=1)
+    if near:
+        return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
+    elsewhere = [key for key in _known_keys(schema) if key.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    return f"known here: {', '.join(siblings)}"
+
+
+def _field(place: str, schema: type[BaseModel]) -> Any:
+    """The pydantic field at a dotted place (list indices are passed over); None where the schema has none."""
+    blocks, field = [schema], None
+    for part in (part for part in place.split(".") if not part.isdigit()):
+        field = next((block.model_fields[part] for block in blocks if part in block.model_fields), None)
+        if field is None:
+            return None
+        blocks = blocks_in(field.annotation)
+    return field
+
+
+def blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    """The config blocks inside a type: of `list[Source] | None`, Source."""
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__") and issubclass(annotation, BaseModel):
         return [annotation]
-    return [block for part in getattr(annotation, "__args__", ()) for block in _blocks_in(part)]
+    return [block for part in getattr(annotation, "__args__", ()) for block in blocks_in(part)]
 
 
 def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
-        for block in _blocks_in(field.annotation):
+        for block in blocks_in(field.annotation):
             keys += _known_keys(block, f"{prefix}{name}.")
     return keys
 
 
 def _siblings(place: str, schema: type[BaseModel]) -> list[str]:
-    parent = place.rpartition(".")[0]
-    prefix = f"{parent}." if parent else ""
+    parents = [part for part in place.split(".")[:-1] if not part.isdigit()]
+    prefix = ".".join(parents) + "." if parents else ""
     names = [key.removeprefix(prefix) for key in _known_keys(schema) if key.startswith(prefix)]
     return sorted({name for name in names if "." not in name}) or ["nothing"]

@@ -6,5 +6,5 @@ class UserError(ValueError):
 
     A message names the rule, the values that break it, and what to do:
     `parallel.tp=3 must divide num_attention_heads=32; try parallel.tp=4`.
-    Broken invariants of our own are `assert`s, never this.
+    Broken invariants of our own are `assert`s, never this. On many ranks, a message that all of them have is printed by rank 0 alone.
     """

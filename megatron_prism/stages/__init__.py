@@ -1,15 +1,18 @@
 """The stages: one module each, with the same four names, so that the command line and the pipeline treat them alike.
 
-    Config          the schema of its recipe (a `config.Block` with an `output: Path`); importing the module never imports torch
-    run(cfg)        do it, return the finished output folder
-    dry_run(cfg)    print what `run` would do, without doing it
-    parents(cfg)    the finished artifacts it reads (their digests decide whether an old output is still current)
+Config          the schema of its recipe (a `config.Block` with an `output: Path`); importing the module never imports torch
+run(cfg)        do it, return the finished output folder
+dry_run(cfg)    print what `run` would do, without doing it
+parents(cfg)    the finished artifacts it reads (their digests decide whether an old output is still current)
 """
 
+import difflib
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
+
+from megatron_prism.errors import UserError
 
 STAGES = {
     "prep": "text -> token shards and a blend",
@@ -33,5 +36,21 @@ class Stage(Protocol):
 
 
 def load(name: str) -> Stage:
-    """The module of a stage."""
-    return cast(Stage, importlib.import_module(f"megatron_prism.stages.{name}"))
+    """The module of a stage. A dotted name is a module of your own that has the same four names (it must be importable: put it on PYTHONPATH).
+
+    Errors: UserError for a name that is no stage, or a module without the four names.
+    """
+    if "." not in name and name not in STAGES:
+        near = difflib.get_close_matches(name, STAGES, n=1)
+        raise UserError(f"there is no stage {name!r}; " + (f"did you mean {near[0]}?" if near else f"stages are {', '.join(STAGES)}"))
+    path = name if "." in name else f"megatron_prism.stages.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # the stage is there; something that it needs is not
+        raise UserError(f"stage {name}: there is no module {path} in this installation; install the version that has it, or set PYTHONPATH") from None
+    missing = [part for part in ("Config", "run", "dry_run", "parents") if not hasattr(module, part)]
+    if missing:
+        raise UserError(f"stage {name}: {path} lacks {', '.join(missing)}; a stage module has Config, run, dry_run and parents")
+    return cast(Stage, module)
