@@ -1,0 +1,46 @@
+"""Model families: what we know of each, as data. A new family is one file and one line here. No torch at import."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_prism.errors import UserError
+from megatron_prism.families.family import Family
+from megatron_prism.families.llama import LLAMA
+from megatron_prism.families.model_config import ModelConfig
+
+FAMILIES = {family.hf_type: family for family in (LLAMA,)}
+
+
+def find(hf_config: dict[str, Any]) -> Family:
+    """The family of a config.json. Errors: UserError naming an unknown model_type, or a quantised model."""
+    hf_type = hf_config.get("model_type")
+    if hf_type not in FAMILIES:
+        raise UserError(f"model_type={hf_type!r} is not supported; this version has {', '.join(sorted(FAMILIES))}")
+    if hf_config.get("quantization_config"):
+        raise UserError("quantization_config is not supported: give the model in its unquantised form")
+    return FAMILIES[hf_type]
+
+
+def read_config(hf_dir: Path) -> dict[str, Any]:
+    """The config.json of a folder. Errors: UserError when it is missing or is not a JSON object."""
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a folder as Hugging Face transformers writes it (config.json beside *.safetensors)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold one JSON object")
+    return config
+
+
+def load(hf_dir: Path) -> tuple[Family, ModelConfig]:
+    """Family and model of a folder that has a config.json. Errors: UserError naming the file and what is wrong in it."""
+    config = read_config(hf_dir)
+    try:
+        family = find(config)
+        return family, family.model_config(config)
+    except UserError as error:
+        raise UserError(f"{Path(hf_dir) / 'config.json'}: {error}") from None

@@ -1,0 +1,114 @@
+"""What a model family is: a map of its config.json, and its two-way weight rules. A variant is `dataclasses.replace` of another.
+
+Owns: reading a config.json into a ModelConfig by that map. No torch.
+Refuses: every key that would change the model and that the family does not implement, by its name; an unknown key that is off (null, false, empty)
+changes nothing and passes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Any
+
+from megatron_prism.errors import UserError
+from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.families.rules import Drop, Rule, Tied
+
+Config = Mapping[str, Any]
+
+_NAMES = """
+_name_or_path architectures bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id dtype torch_dtype
+transformers_version transformers.js_config use_cache id2label label2id num_labels problem_type return_dict output_attentions output_hidden_states
+chunk_size_feed_forward finetuning_task task_specific_params name_or_path model_type is_llama_config max_length min_length do_sample temperature
+top_k top_p typical_p repetition_penalty length_penalty diversity_penalty num_beams num_beam_groups num_return_sequences early_stopping
+no_repeat_ngram_size encoder_no_repeat_ngram_size remove_invalid_values attn_implementation _attn_implementation _attn_implementation_autoset
+unsloth_fixed unsloth_version neftune_noise_alpha
+"""
+WITHOUT_EFFECT = frozenset(_NAMES.split())
+"""config.json keys that do not change the function that the model computes"""
+
+
+@dataclass(frozen=True)
+class Layered:
+    """A rule applied to one layer (None: outside the layers)."""
+
+    rule: Rule
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family as data. `hf_type` is config.json's model_type."""
+
+    hf_type: str
+    config: Mapping[str, str]
+    """config.json key -> ModelConfig field"""
+    weights: tuple[Rule | Tied | Drop, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """what transformers takes for a key of `config` that is missing or null: a value, or a function of the config"""
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """keys of which only some values are implemented"""
+    features: Mapping[tuple[str, ...], Callable[[Config], Mapping[str, Any]]] = field(default_factory=dict)
+    """groups of keys -> ModelConfig fields read from them together"""
+
+    def model_config(self, hf_config: Config) -> ModelConfig:
+        """The model that a config.json describes. Errors: UserError naming a key that is missing, of the wrong type, or not implemented."""
+        self._refuse_unknown(hf_config)
+        values: dict[str, Any] = {"family": self.hf_type}
+        for key, name in self.config.items():
+            values[name] = _typed(key, self._value(key, hf_config), name)
+        for read in self.features.values():
+            values |= read(hf_config)
+        model = ModelConfig(**values)
+        if model.num_attention_heads % model.num_query_groups:
+            raise UserError(f"num_attention_heads={model.num_attention_heads} must be a multiple of num_key_value_heads={model.num_query_groups}")
+        return model
+
+    def rules(self, model: ModelConfig) -> Iterator[Layered]:
+        """Every megatron-core tensor of a model, one entry for each layer, in the order of `weights` (layers outermost)."""
+        rules = [rule for rule in self.weights if isinstance(rule, Rule) and rule.holds(model)]
+        first = next((index for index, rule in enumerate(rules) if rule.layered), len(rules))
+        yield from (Layered(rule, None) for rule in rules[:first])
+        yield from (Layered(rule, layer) for layer in range(model.num_layers) for rule in rules if rule.layered)
+        yield from (Layered(rule, None) for rule in rules[first:] if not rule.layered)
+
+    def num_parameters(self, model: ModelConfig) -> int:
+        """Parameters of a model, each tied one once, without vocabulary padding."""
+        return sum(prod(entry.rule.shape(model)) for entry in self.rules(model))
+
+    def _value(self, key: str, config: Config) -> Any:
+        if config.get(key) is not None:
+            return config[key]
+        if key not in self.defaults:
+            raise UserError(f"config.json has no {key!r}, and {self.hf_type} has no default for it")
+        default = self.defaults[key]
+        return default(config) if callable(default) else default
+
+    def _refuse_unknown(self, config: Config) -> None:
+        for key, allowed in self.fixed.items():
+            if config.get(key) is not None and config[key] not in allowed:
+                values = " or ".join(repr(value) for value in allowed)
+                raise UserError(f"{key}={config[key]!r} is not supported for {self.hf_type}; only {values}")
+        known = {*self.config, *self.fixed, *WITHOUT_EFFECT, *(key for keys in self.features for key in keys)}
+        unknown = sorted(key for key in config if key not in known and config[key] not in (None, False, 0, "", [], {}))
+        if unknown:
+            raise UserError(
+                f"config.json of this {self.hf_type} model sets {', '.join(unknown)}, which this version does not implement; "
+                "a key that does not change the model can be removed from config.json"
+            )
+
+
+_TYPES = {item.name: item.type for item in fields(ModelConfig)}
+
+
+def _typed(key: str, value: Any, name: str) -> Any:
+    wanted = _TYPES[name]
+    if wanted is bool:
+        right = isinstance(value, bool)
+    elif wanted is int:
+        right = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    else:
+        right = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if not right:
+        raise UserError(f"config.json says {key}={value!r}; it must be {'true or false' if wanted is bool else 'a positive number'}")
+    return float(value) if wanted is float else value
