@@ -53,6 +53,21 @@ class ParallelConfig(Block):
         return self.tp * self.pp * self.cp
 
 
+class OptimizerConfig(Block):
+    """AdamW. Defaults: PRISM's mid-training (Table 16); it does not state clipping, 1.0 is the default of IBM's trainer."""
+
+    lr: PositiveFloat = 5e-5
+    """peak learning rate"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """decay of the two moments"""
+    eps: PositiveFloat = 1e-10
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """decoupled; not on norms and biases"""
+    clip_grad: PositiveFloat | None = 1.0
+    """largest global gradient norm; none: no clipping"""
+
+
 def load_recipe(path: Path | None, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read a TOML recipe (None: overrides alone), apply `key.sub=value` overrides, check it against `schema`.
 

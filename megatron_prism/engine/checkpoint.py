@@ -1,0 +1,228 @@
+"""Training checkpoints: everything that a run needs to go on as if it had never stopped, in one folder per step.
+
+    RUN/checkpoints/step_00000100/    an artifact of kind "checkpoint"
+      sharded/      torch_dist: weights, optimizer state, random number states; any layout can load it
+      hf/           config.json and tokenizer of the model, as at import
+      state.json    step, samples and tokens consumed, data fingerprint, layout
+      COMPLETE      written last; a folder without it is never read
+
+Owns: saving (all ranks), finding, loading, and keeping the newest N. Refuses: half-written folders, other models, silently changed data.
+Called on every rank; files other than `sharded/` are written by rank 0.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from pydantic import BaseModel
+
+from megatron_prism import artifact
+from megatron_prism.engine.mcore import OPTIMIZER_FORMAT, load_sharded, save_sharded
+from megatron_prism.engine.model import unwrap
+from megatron_prism.engine.parallel import Mesh
+from megatron_prism.engine.step import Engine
+from megatron_prism.errors import UserError
+
+logger = logging.getLogger(__name__)
+STATE = "state.json"
+SHARDED = "sharded"
+HF = "hf"
+STATE_SCHEMA_VERSION = 1
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what `state.json` holds beside the layout."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    """fingerprint of the blend: seed, seq_len, and each source's name, weight and digest"""
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Folder of one step's checkpoint."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_steps(run: Path) -> list[Path]:
+    """Folders of the complete checkpoints of a run, oldest first."""
+    folders = sorted((run / "checkpoints").glob("step_????????"))
+    return [folder for folder in folders if artifact.is_complete(folder)]
+
+
+def newest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, finished or not."""
+    steps = complete_steps(run)
+    return steps[-1] if steps else None
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint folder for a path that is one, or that is a run (its newest complete step). Errors: UserError naming what is wrong."""
+    if (path / "checkpoints").is_dir():
+        found = newest(path)
+        if found is None:
+            raise UserError(f"{path} holds no complete checkpoint; let the run reach its first checkpoint.save_interval")
+        path = found
+    artifact.require(path, "checkpoint")
+    return path
+
+
+def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseModel, parents: Sequence[Path]) -> Path:
+    """Write the checkpoint of the current step; complete on every rank's disk when it returns.
+
+    hf: folder with the model's config.json and tokenizer, copied along. A half-written folder of the same step is replaced.
+    """
+    folder = step_folder(run, progress.step)
+    if dist.get_rank() == 0:
+        remove(folder)
+        artifact.begin(folder, "checkpoint", config, parents)
+        shutil.copytree(hf, folder / HF)
+        (folder / SHARDED).mkdir()
+        artifact.write_atomic(folder / STATE, json.dumps(_state(progress, engine.mesh), indent=2) + "\n")
+    dist.barrier()
+    save_sharded(_sharded_state(engine, is_loading=False), folder / SHARDED)
+    if dist.get_rank() == 0:
+        artifact.complete(folder)
+    dist.barrier()
+    return folder
+
+
+def load_weights(engine: Engine, checkpoint: Path) -> None:
+    """Load the model alone, from any layout, and take it as the optimizer's new starting point."""
+    state = _model_state(engine, is_loading=True)
+    _put_weights(engine, load_sharded(state, checkpoint / SHARDED))
+    engine.optimizer.reload_model_params()
+
+
+def load_all(engine: Engine, checkpoint: Path) -> Progress:
+    """Load model, optimizer, random number states (where the layout is the same) and progress."""
+    saved = read_state(checkpoint)
+    same_layout = saved["layout"] == _layout(engine.mesh)
+    if not same_layout and dist.get_rank() == 0:
+        logger.info("%s was saved by another layout (%s): random number states start anew", checkpoint, saved["layout"])
+    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        part._init_optimizer_states_with_dummy_values()
+    state = load_sharded(_sharded_state(engine, is_loading=True, rng=same_layout), checkpoint / SHARDED)
+    _put_weights(engine, state)
+    engine.optimizer.load_state_dict(state["optimizer"])
+    if same_layout:
+        _put_rng(state["rng"])
+    return Progress(**saved["progress"])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a training checkpoint. Errors: UserError for one that was only converted, or of a newer schema."""
+    if not (checkpoint / STATE).is_file():
+        raise UserError(f"{checkpoint} holds a model but no training state; start from it with model.load='weights'")
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if state["schema_version"] > STATE_SCHEMA_VERSION:
+        raise UserError(
+            f"{checkpoint / STATE} has schema {state['schema_version']}, this version reads up to {STATE_SCHEMA_VERSION}; upgrade megatron-prism"
+        )
+    return state
+
+
+def check_data(progress: Progress, fingerprint: dict[str, Any]) -> None:
+    """Refuse to go on over other data than the checkpoint saw, naming what changed. Errors: UserError."""
+    changes = [
+        f"{name} was {progress.data.get(name)!r}, now {fingerprint[name]!r}"
+        for name in ("seed", "seq_len", "mask_end_of_document")
+        if progress.data.get(name) != fingerprint[name]
+    ]
+    then, now = ({source["name"]: source for source in data["sources"]} for data in (progress.data, fingerprint))
+    changes += [f"source {name} is gone" for name in then.keys() - now.keys()] + [f"source {name} is new" for name in now.keys() - then.keys()]
+    for name in then.keys() & now.keys():
+        changes += [
+            f"source {name}: {key} was {then[name][key]!r}, now {now[name][key]!r}"
+            for key in ("weight", "digest")
+            if then[name][key] != now[name][key]
+        ]
+    if changes:
+        raise UserError(
+            "the data changed since the checkpoint, so samples would be lost or repeated:\n  "
+            + "\n  ".join(changes)
+            + "\nrestore the blend, or start a new run from the checkpoint with model.load='weights'"
+        )
+
+
+def prune(run: Path, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints and those of steps that `keep_every` divides. Rank 0 works, the others go on."""
+    if keep_last is None or dist.get_rank() != 0:
+        return
+    for folder in complete_steps(run)[:-keep_last]:
+        if keep_every is None or int(folder.name.removeprefix("step_")) % keep_every:
+            remove(folder)
+
+
+def gather_hf_files(config: Path, tokenizer: Path, folder: Path) -> None:
+    """Put a config.json and a tokenizer's files side by side, as an imported model has them. Rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(tokenizer.iterdir()):
+        if file.is_file() and file.suffix in TOKENIZER_SUFFIXES:
+            shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(config / "config.json", folder / "config.json")
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: its mark first, so that a crash on the way leaves nothing that looks whole."""
+    (folder / artifact.COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _state(progress: Progress, mesh: Mesh) -> dict[str, Any]:
+    return {"schema_version": STATE_SCHEMA_VERSION, "progress": asdict(progress), "layout": _layout(mesh)}
+
+
+def _layout(mesh: Mesh) -> dict[str, Any]:
+    plan = mesh.plan
+    return {"tp": plan.tp, "pp": plan.pp, "vpp": plan.vpp, "cp": plan.cp, "dp": plan.dp, "sp": plan.sp}
+
+
+def _model_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
+    metadata = {**OPTIMIZER_FORMAT, "dp_cp_group": engine.mesh.groups.dp_cp}
+    names = ["model"] if len(engine.model) == 1 else [f"model{index}" for index in range(len(engine.model))]
+    states = {}
+    for name, chunk in zip(names, engine.model, strict=True):
+        state = unwrap(chunk).sharded_state_dict(metadata=metadata)
+        states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    return states
+
+
+def _sharded_state(engine: Engine, is_loading: bool, rng: bool = True) -> dict[str, Any]:
+    state = _model_state(engine, is_loading)
+    state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+    if rng:
+        state["rng"] = _rng_object(engine.mesh)
+    return state
+
+
+def _put_weights(engine: Engine, state: dict[str, Any]) -> None:
+    for index, chunk in enumerate(engine.model):
+        model = unwrap(chunk)
+        model.load_state_dict(state["model" if len(engine.model) == 1 else f"model{index}"], strict=False)
+        model.clear_padding()
+
+
+def _rng_object(mesh: Mesh) -> ShardedObject:
+    """This rank's random number states, as one object per rank of the mesh."""
+    states = {"torch": torch.get_rng_state(), "device": torch.cuda.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    plan = mesh.plan
+    place = (mesh.pp_rank, mesh.tp_rank, mesh.dp_rank)
+    return ShardedObject("rng", states, (plan.pp, plan.tp, plan.dp), place, replica_id=mesh.cp_rank)
+
+
+def _put_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

@@ -1,0 +1,243 @@
+"""The training loop: builds a run from its recipe, then owns the calendar: step, log, validate, save, export, stop.
+
+Called on every rank. What happens when is decided from the step alone, or told to all ranks together, so that no rank waits for another for ever.
+"""
+
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_prism import artifact
+from megatron_prism.data_prep.blend import load_blend
+from megatron_prism.engine import checkpoint, device, parallel, recipe
+from megatron_prism.engine.checkpoint import Progress
+from megatron_prism.engine.data import SampleReader
+from megatron_prism.engine.metrics import MetricsLog
+from megatron_prism.engine.model import BuildOptions, build
+from megatron_prism.engine.optimizer import build_optimizer, wrap_model
+from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.schedule import factor
+from megatron_prism.engine.step import Engine, StepReport, evaluate_step, train_step
+from megatron_prism.errors import UserError
+from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.planning import cost
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient norm is no longer a number; the newest checkpoint is from before."""
+
+
+@dataclass
+class Run:
+    """A run in progress, on one rank."""
+
+    cfg: TrainConfig
+    model_config: ModelConfig
+    engine: Engine
+    data: SampleReader
+    held_out: SampleReader | None
+    hf: Path
+    progress: Progress
+    log: MetricsLog
+    started: float = field(default_factory=time.monotonic)
+    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=50))
+    stop_asked: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to people."""
+        return self.engine.mesh.rank == 0
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Run a recipe to its end, from its newest checkpoint where there is one. Returns the run's folder."""
+    run = build_run(cfg)
+    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_asked", True))
+    try:
+        finished = _loop(run)
+        if finished and run.is_main:
+            artifact.complete(cfg.output)
+    finally:
+        run.log.close()
+        signal.signal(signal.SIGTERM, previous)
+        parallel.stop()
+    return cfg.output
+
+
+def _loop(run: Run) -> bool:
+    """Steps until the end (True) or until someone asks to stop (False)."""
+    cfg, progress = run.cfg, run.progress
+    while progress.step < cfg.steps:
+        report = _step(run)
+        last, stopping = progress.step == cfg.steps, bool(report.signal.item())
+        if every(cfg.log.interval, progress.step) or last or progress.step == 1:
+            _log(run, report)
+        if cfg.validation and (every(cfg.validation.interval, progress.step) or last):
+            _validate(run)
+        if every(cfg.checkpoint.save_interval, progress.step) or last or stopping:
+            _save(run)
+        if cfg.export and (every(cfg.export.interval, progress.step) or last):
+            _export(run, last)
+        if stopping and not last:
+            run.log.say(f"stopped after step {progress.step} of {cfg.steps}: start the same command again to go on")
+            return False
+    return True
+
+
+def every(interval: int | None, step: int) -> bool:
+    """Whether something that happens each `interval` steps happens after this one; None is never."""
+    return interval is not None and step % interval == 0
+
+
+def build_run(cfg: TrainConfig) -> Run:
+    """Start the process groups, build the engine, and put it where the run stands: its own newest checkpoint, its start, or random weights."""
+    place = device.setup(cfg.device)
+    parallel.start(place)
+    model_config, plan = recipe.check(cfg, dist.get_world_size())
+    mesh = parallel.build_mesh(plan, cfg.seed)
+    if mesh.rank == 0:
+        artifact.begin(cfg.output, "train", cfg, recipe.parents(cfg))
+    options = BuildOptions(precision=cfg.precision, recompute=cfg.recompute, layers=cfg.layers)
+    model = wrap_model(build(model_config, mesh, options, place), mesh, overlap=place.type == "cuda")
+    engine = Engine(model, build_optimizer(model, cfg.optimizer, cfg.precision == "bf16"), mesh, place)
+    blend = load_blend(cfg.data.blend)
+    data = SampleReader(blend, "train", cfg.data.seq_len, cfg.data.mask_end_of_document)
+    if data.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"data.blend has token ids up to {data.vocab_size - 1}, the model knows {model_config.vocab_size}; prepare it with the model's tokenizer"
+        )
+    held_out = SampleReader(blend, "validation", cfg.data.seq_len, cfg.data.mask_end_of_document) if cfg.validation else None
+    progress = _starting_point(cfg, engine, data)
+    log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
+    run = Run(cfg, model_config, engine, data, held_out, _hf_folder(cfg, mesh.rank), progress, log)
+    log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
+    return run
+
+
+def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader) -> Progress:
+    """Load what there is to load, and say where the run stands."""
+    dist.barrier()
+    newest = checkpoint.newest(cfg.output)
+    if newest is not None:
+        progress = checkpoint.load_all(engine, newest)
+    elif cfg.model.checkpoint is not None and cfg.model.load == "all":
+        progress = checkpoint.load_all(engine, checkpoint.resolve(cfg.model.checkpoint))
+    else:
+        if cfg.model.checkpoint is not None:
+            checkpoint.load_weights(engine, checkpoint.resolve(cfg.model.checkpoint))
+        return Progress(data=data.fingerprint)
+    checkpoint.check_data(progress, data.fingerprint)
+    return progress
+
+
+def _hf_folder(cfg: TrainConfig, rank: int) -> Path:
+    """The config and tokenizer files that every checkpoint of the run carries."""
+    if cfg.model.hf_config is None:
+        return recipe.model_files(cfg)
+    folder = cfg.output / "hf_files"
+    if rank == 0:
+        assert cfg.model.tokenizer is not None
+        checkpoint.gather_hf_files(recipe.model_files(cfg), cfg.model.tokenizer, folder)
+    dist.barrier()
+    return folder
+
+
+def _step(run: Run) -> StepReport:
+    cfg, progress = run.cfg, run.progress
+    begun = time.perf_counter()
+    lr = cfg.optimizer.lr * factor(cfg.schedule, progress.step, cfg.steps)
+    stop = run.is_main and (run.stop_asked or _out_of_time(run))
+    report = train_step(run.engine, run.data, progress.samples, lr, cfg.optimizer.weight_decay, signal=int(stop))
+    if not torch.isfinite(report.by_source).all() or not report.grad_norm < float("inf"):
+        raise TrainingDiverged(
+            f"step {progress.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}; samples {progress.samples} to "
+            f"{progress.samples + cfg.global_batch - 1}. Nothing of this step was saved; lower optimizer.lr or look at these samples"
+        )
+    progress.step += 1
+    progress.samples += cfg.global_batch
+    progress.tokens += cfg.global_batch * cfg.data.seq_len
+    run.recent.append((time.perf_counter() - begun, cfg.global_batch * cfg.data.seq_len))
+    return report
+
+
+def _out_of_time(run: Run) -> bool:
+    limit = run.cfg.time_limit_minutes
+    return limit is not None and time.monotonic() - run.started > limit * 60
+
+
+def _log(run: Run, report: StepReport) -> None:
+    if not run.is_main:
+        return
+    cfg, progress = run.cfg, run.progress
+    seconds, tokens = (sum(column) for column in zip(*list(run.recent)[-cfg.log.interval :], strict=True))
+    rate = tokens / seconds
+    metrics: dict[str, Any] = {
+        "loss": report.loss,
+        "lr": cfg.optimizer.lr * factor(cfg.schedule, progress.step - 1, cfg.steps),
+        "grad_norm": report.grad_norm,
+        "tokens": progress.tokens,
+        "tokens_per_second": rate,
+        "seconds_per_step": seconds / min(len(run.recent), cfg.log.interval),
+        "eta_seconds": (cfg.steps - progress.step) * cfg.global_batch * cfg.data.seq_len / rate,
+        **_utilization(run, rate),
+        **_by_source("loss", report.by_source, run.data.names),
+    }
+    run.log.step(progress.step, metrics, cfg.steps)
+
+
+def _utilization(run: Run, tokens_per_second: float) -> dict[str, Any]:
+    """TFLOP/s per rank and MFU, causal convention, recomputation not counted; MFU only where the device's bf16 peak is known."""
+    flops = cost.flops_per_token(run.model_config, run.cfg.data.seq_len, causal=True) * tokens_per_second / run.engine.mesh.plan.world_size
+    found: dict[str, Any] = {"tflops_per_rank": flops / 1e12}
+    if run.engine.device.type == "cuda":
+        found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        peak = cost.peak_tflops(torch.cuda.get_device_name())
+        if peak is not None:
+            found |= {"mfu": flops / 1e12 / peak, "mfu_convention": f"causal attention, no recompute, peak {peak:g} TFLOP/s"}
+    return found
+
+
+def _by_source(name: str, by_source: torch.Tensor, names: list[str]) -> dict[str, float]:
+    rows = zip(names, by_source.tolist(), strict=True)
+    return {f"{name}/{source}": total / count for source, (total, count) in rows if count}
+
+
+def _validate(run: Run) -> None:
+    assert run.held_out is not None and run.cfg.validation is not None
+    total = torch.zeros(len(run.held_out.names), 2, dtype=torch.float64, device=run.engine.device)
+    for batch in range(run.cfg.validation.batches):
+        total += evaluate_step(run.engine, run.held_out, batch * run.cfg.global_batch)
+    loss, count = total.sum(dim=0).tolist()
+    metrics = {"validation/loss": loss / count, **_by_source("validation/loss", total, run.held_out.names)}
+    shown = "  ".join(f"{name.removeprefix('validation/loss/')} {value:.4f}" for name, value in metrics.items() if name.count("/") > 1)
+    run.log.event(run.progress.step, metrics, f"validation at step {run.progress.step}: loss {loss / count:.4f}  ({shown})")
+
+
+def _save(run: Run) -> None:
+    begun = time.perf_counter()
+    run.progress.data = run.data.fingerprint
+    folder = checkpoint.save(run.engine, run.cfg.output, run.progress, run.hf, run.cfg, recipe.parents(run.cfg))
+    checkpoint.prune(run.cfg.output, run.cfg.checkpoint.keep_last, run.cfg.checkpoint.keep_every)
+    seconds = time.perf_counter() - begun
+    run.log.event(run.progress.step, {"checkpoint_seconds": seconds}, f"saved {folder} in {seconds:.1f} s")
+
+
+def _export(run: Run, last: bool) -> None:
+    assert run.cfg.export is not None
+    name = "hf" if last else f"hf_steps/step_{run.progress.step:08d}"
+    if run.is_main:
+        from megatron_prism.engine.weights import export_hf
+
+        export_hf(checkpoint.step_folder(run.cfg.output, run.progress.step), run.cfg.output / name, run.cfg.export.dtype or _run_dtype(run.cfg))
+    dist.barrier()
+    run.log.say(f"exported {run.cfg.output / name}")
+
+
+def _run_dtype(cfg: TrainConfig) -> str:
+    return "bfloat16" if cfg.precision == "bf16" else "float32"

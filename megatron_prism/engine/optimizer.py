@@ -1,0 +1,68 @@
+"""AdamW under megatron-core's distributed optimizer: fp32 master weights and moments, cut over the data-parallel ranks.
+
+Weight decay leaves out norms and biases (one-dimensional weights), as Megatron-LM does; the learning rate is set each step from a pure schedule.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+
+from megatron_prism.config import OptimizerConfig
+from megatron_prism.engine.mcore import optimizer_config
+from megatron_prism.engine.model import LanguageModel, to_precision
+from megatron_prism.engine.parallel import Mesh
+
+
+def wrap_model(chunks: list[LanguageModel], mesh: Mesh, overlap: bool) -> list[DistributedDataParallel]:
+    """megatron-core's DDP around each chunk: gradients in one fp32 buffer, reduced over data-parallel ranks.
+
+    overlap: reduce gradients while the backward pass still runs, and gather weights while the next forward pass does (CUDA).
+    """
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        check_for_nan_in_grad=False,
+    )
+    return [
+        DistributedDataParallel(config, ddp, to_precision(chunk, config), disable_bucketing=index > 0, pg_collection=mesh.groups)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfig, bf16: bool) -> MegatronOptimizer:
+    """The optimizer of wrapped chunks, also tied to them for megatron-core's schedules (gradient scaling and the final reduction)."""
+    settings = optimizer_config(
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad or 0.0,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+    optimizer = get_megatron_optimizer(settings, model)
+    for chunk in model:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    if model[0].ddp_config.overlap_grad_reduce:
+        config = model[0].config
+        no_sync: Any = [chunk.no_sync for chunk in model]
+        config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+        if len(model) > 1:
+            start: Any = [chunk.start_grad_sync for chunk in model]
+            config.grad_sync_func = start
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+    """Set rate and decay of every parameter group, times the group's own multipliers (norms and biases: no decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,84 @@
+"""Process groups: starting torch.distributed, and megatron-core's mesh for a checked plan. The one file that names parallel_state.
+
+Called on every rank. Groups are built once and handed on; nothing else looks them up.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_prism.engine.device import backend
+from megatron_prism.planning.layout import ParallelPlan
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the plan, and the groups that megatron-core needs."""
+
+    plan: ParallelPlan
+    groups: ProcessGroupCollection
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    cp_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.plan.pp - 1
+
+
+def world_size() -> int:
+    """Ranks of this launch, known before torch.distributed starts (torchrun and Slurm set it; 1 for a plain process)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: torch.device, timeout_minutes: float = 30) -> None:
+    """Join the default process group; a plain process becomes a world of one. A second call does nothing."""
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group(backend(device), timeout=timedelta(minutes=timeout_minutes))
+    else:
+        dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes))
+
+
+def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
+    """Build megatron-core's groups for a plan (replacing earlier ones) and seed its random number trackers."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        virtual_pipeline_model_parallel_size=plan.vpp,
+        context_parallel_size=plan.cp,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        plan=plan,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        rank=dist.get_rank(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+    )
+
+
+def stop() -> None:
+    """Leave the process groups, so that the process can end without warnings."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

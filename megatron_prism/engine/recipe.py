@@ -1,0 +1,153 @@
+"""The recipe of a training run: its blocks, and everything about it that can be checked before torch is imported."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_prism import artifact, families
+from megatron_prism.config import Block, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
+from megatron_prism.engine.metrics import LogConfig, check_writers
+from megatron_prism.engine.schedule import ScheduleConfig
+from megatron_prism.errors import UserError
+from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.planning import layout
+
+
+class ModelSection(Block):
+    """What to start from: a checkpoint, or random weights of a config.json."""
+
+    checkpoint: Path | None = None
+    """checkpoint folder, or a training run (its newest complete step)"""
+    load: Literal["weights", "all"] = "weights"
+    """weights: a fresh optimizer at step 0; all: optimizer, step and data position too (to branch a decay off a stable run)"""
+    hf_config: Path | None = None
+    """config.json of a supported family, for random weights"""
+    tokenizer: Path | None = None
+    """tokenizer folder that goes with hf_config"""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "ModelSection":
+        if (self.checkpoint is None) == (self.hf_config is None):
+            raise ValueError("give exactly one start: model.checkpoint, or model.hf_config (with model.tokenizer) for random weights")
+        if self.hf_config is not None and self.tokenizer is None:
+            raise ValueError("model.hf_config needs model.tokenizer, so that checkpoints and exports carry it")
+        return self
+
+
+class DataSection(Block):
+    """What to read."""
+
+    blend: Path
+    """output of `prism prep`, or a blend.toml"""
+    seq_len: Positive
+    """tokens per sequence"""
+    mask_end_of_document: bool = False
+    """leave out the loss of the token after each end of document"""
+
+
+class CheckpointSection(Block):
+    """When to save, and what to keep."""
+
+    save_interval: Positive | None = None
+    """steps between checkpoints; the last step is always saved"""
+    keep_last: Positive | None = 2
+    """newest checkpoints kept; none: all"""
+    keep_every: Positive | None = None
+    """steps whose checkpoints are never deleted: multiples of this"""
+
+
+class ValidationSection(Block):
+    """Loss on the held-out split of the blend."""
+
+    interval: Positive
+    """steps between validations; the last step is always validated"""
+    batches: Positive = 4
+    """global batches read each time, the same ones"""
+
+
+class ExportSection(Block):
+    """Hugging Face exports."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """none: as the run computes (bfloat16 or float32)"""
+    interval: Positive | None = None
+    """steps between exports into OUTPUT/hf_steps (multiples of checkpoint.save_interval); the last step always goes to OUTPUT/hf"""
+
+
+class TrainConfig(Block):
+    """A training run."""
+
+    output: Path
+    """folder of the run"""
+    model: ModelSection
+    data: DataSection
+    steps: Positive
+    """optimizer steps in all"""
+    global_batch: Positive
+    """sequences per step, whatever the number of ranks"""
+    micro_batch: Positive = 1
+    """sequences in one forward pass of one rank"""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: weights and activations in bf16, master weights, gradients and moments in fp32"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activations recomputed in the backward pass: selective: attention's; full: every layer's"""
+    seed: NonNegative = 1234
+    """of random weights and dropout; the order of samples follows the blend's own seed"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    """auto: TransformerEngine's on CUDA where installed, ours elsewhere"""
+    time_limit_minutes: PositiveFloat | None = None
+    """save and stop after this long; start the same command again to go on"""
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection | None = None
+    export: ExportSection | None = None
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="after")
+    def _exports_have_checkpoints(self) -> "TrainConfig":
+        export, save = self.export, self.checkpoint.save_interval
+        if export is not None and export.interval is not None and (save is None or export.interval % save):
+            raise ValueError(
+                f"export.interval={export.interval} must be a multiple of checkpoint.save_interval={save}: exports are made from checkpoints"
+            )
+        return self
+
+
+def parents(cfg: TrainConfig) -> list[Path]:
+    """The artifacts that a run is made from: the blend's prep output, and the checkpoint that it starts from."""
+    blend = cfg.data.blend if cfg.data.blend.is_dir() else cfg.data.blend.parent
+    found = [blend] if artifact.is_complete(blend) else []
+    if cfg.model.checkpoint is not None:
+        found.append(newest_step(cfg.model.checkpoint))
+    return found
+
+
+def model_files(cfg: TrainConfig) -> Path:
+    """The folder with the config.json (and, for a checkpoint, the tokenizer) of the model to train."""
+    if cfg.model.hf_config is not None:
+        return cfg.model.hf_config.parent if cfg.model.hf_config.name == "config.json" else cfg.model.hf_config
+    assert cfg.model.checkpoint is not None
+    return newest_step(cfg.model.checkpoint) / "hf"
+
+
+def newest_step(path: Path) -> Path:
+    """A checkpoint, for a path that is one or that is a run with complete steps."""
+    steps = sorted(folder for folder in (path / "checkpoints").glob("step_????????") if artifact.is_complete(folder))
+    folder = steps[-1] if steps else path
+    artifact.require(folder)
+    return folder
+
+
+def check(cfg: TrainConfig, world_size: int) -> tuple[ModelConfig, layout.ParallelPlan]:
+    """Everything that can be known to be wrong before torch is imported. Errors: UserError."""
+    _, model = families.load(model_files(cfg))
+    plan = layout.make_plan(model, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
+    check_writers(cfg.log)
+    blend = cfg.data.blend / "blend.toml" if cfg.data.blend.is_dir() else cfg.data.blend
+    if not blend.is_file():
+        raise UserError(f"data.blend={cfg.data.blend}: {blend} does not exist; run `prism prep`, or give a blend.toml")
+    return model, plan

@@ -1,0 +1,102 @@
+"""One training step, and one forward-only pass, over a global batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_prism.engine.data import MicroBatch, SampleReader
+from megatron_prism.engine.loss import masked_loss
+from megatron_prism.engine.optimizer import set_learning_rate
+from megatron_prism.engine.parallel import Mesh
+
+
+@dataclass
+class Engine:
+    """What a step needs: the wrapped chunks, their optimizer, this rank's mesh and device."""
+
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    mesh: Mesh
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """by_source: float64 [sources, 2], loss sum and token count over all ranks, still on the device; signal: as handed in, summed over ranks."""
+
+    by_source: Tensor
+    grad_norm: float
+    signal: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the unmasked tokens of the global batch."""
+        total, tokens = self.by_source.sum(dim=0).tolist()
+        return total / max(tokens, 1.0)
+
+
+def train_step(engine: Engine, data: SampleReader, first_sample: int, lr: float, weight_decay: float, signal: int = 0) -> StepReport:
+    """Gradients of one global batch, reduced, clipped and applied.
+
+    signal: a number that this rank tells all others with the loss (1: please stop), so that no extra exchange is needed.
+    """
+    for chunk in engine.model:
+        chunk.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+    parts = forward_backward(engine, data, first_sample, forward_only=False)
+    set_learning_rate(engine.optimizer, lr, weight_decay)
+    updated, grad_norm, _ = engine.optimizer.step()
+    assert updated, "megatron-core skipped an update; only fp16 loss scaling may do so"
+    return _over_all_ranks(engine, parts, float(grad_norm), signal)
+
+
+def evaluate_step(engine: Engine, data: SampleReader, first_sample: int) -> Tensor:
+    """Loss sums and token counts of one global batch by source, float64 [sources, 2], over all ranks; no gradients, no dropout."""
+    for chunk in engine.model:
+        chunk.eval()
+    with torch.no_grad():
+        parts = forward_backward(engine, data, first_sample, forward_only=True)
+    for chunk in engine.model:
+        chunk.train()
+    return _over_all_ranks(engine, parts, grad_norm=0.0, signal=0).by_source
+
+
+def forward_backward(engine: Engine, data: SampleReader, first_sample: int, forward_only: bool) -> Tensor:
+    """Run megatron-core's pipeline schedule over this rank's micro-batches; loss sums and token counts of this rank's samples, [sources, 2]."""
+    plan, num_sources = engine.mesh.plan, len(data.names)
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: Any) -> Any:
+        batch = next(batches)
+        output = chunk(batch.tokens, batch.positions, None, labels=batch.labels)
+        return output, masked_loss(batch, num_sources)
+
+    streams = [data.step(first_sample, engine.mesh, engine.device) for _ in engine.model]
+    several = len(engine.model) > 1
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=streams if several else streams[0],
+        model=engine.model if several else engine.model[0],
+        num_microbatches=plan.num_microbatches,
+        seq_length=data.seq_len,
+        micro_batch_size=plan.micro_batch,
+        forward_only=forward_only,
+    )
+    total = torch.zeros(num_sources, 2, dtype=torch.float64, device=engine.device)
+    for report in reports:
+        total += report["by_source"]
+    return total
+
+
+def _over_all_ranks(engine: Engine, parts: Tensor, grad_norm: float, signal: int) -> StepReport:
+    """Add up what the ranks saw, in one exchange. Tensor-parallel ranks saw the same tokens, so one of them speaks for all."""
+    counted = parts if engine.mesh.tp_rank == 0 else torch.zeros_like(parts)
+    message = torch.cat([counted.flatten(), torch.tensor([float(signal)], dtype=torch.float64, device=engine.device)])
+    dist.all_reduce(message)
+    return StepReport(by_source=message[:-1].view_as(parts), grad_norm=grad_norm, signal=message[-1])

@@ -1,0 +1,30 @@
+"""Train: a checkpoint (or random weights) and a blend become checkpoints, on any number of ranks under torchrun.
+
+An output folder that was begun by the same recipe is taken up at its newest complete checkpoint. The run is finished, and COMPLETE, after
+`steps` steps; one that stopped at its time limit or on SIGTERM is not, and goes on when it is started again.
+"""
+
+import os
+from pathlib import Path
+
+from megatron_prism.engine.recipe import TrainConfig, check, parents
+from megatron_prism.planning import cost
+
+__all__ = ["Config", "dry_run", "parents", "run"]
+
+Config = TrainConfig
+
+
+def dry_run(cfg: TrainConfig) -> None:
+    """Print mesh, parameters, bytes per rank by kind, tokens and FLOPs; for the ranks of this launch (WORLD_SIZE), else the fewest that fit."""
+    world_size = int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
+    model, plan = check(cfg, world_size)
+    print(cost.describe_run(model, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.precision == "bf16", cfg.recompute))
+
+
+def run(cfg: TrainConfig) -> Path:
+    """Train, on every rank of the launch; returns the run's folder."""
+    check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    from megatron_prism.engine.loop import train
+
+    return train(cfg)
