@@ -20,10 +20,8 @@ import typer
 from megatron_prism import __version__, stages
 from megatron_prism.artifact import write_atomic
 from megatron_prism.config import blocks_in, load_recipe, validate
-from megatron_prism.errors import UserError
+from megatron_prism.errors import ERROR_FILE, UserError
 
-ERROR_FILE = "PRISM_ERROR_FILE"
-"""Environment variable: a file that receives the message of a bad-input error, for the launcher that started this process."""
 SECONDS_FOR_RANK_0 = 5.0
 
 app = typer.Typer(

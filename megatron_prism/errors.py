@@ -8,3 +8,7 @@ class UserError(ValueError):
     `parallel.tp=3 must divide num_attention_heads=32; try parallel.tp=4`.
     Broken invariants of our own are `assert`s, never this. On many ranks, a message that all of them have is printed by rank 0 alone.
     """
+
+
+ERROR_FILE = "PRISM_ERROR_FILE"
+"""Environment variable: a file that receives the message of a UserError, for the launcher that started this process."""

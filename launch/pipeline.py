@@ -1,0 +1,151 @@
+"""`prism run PIPELINE.toml`: the steps of a plan in order, skipping what is done, stopping at the first failure with the place to look.
+
+Where a stage runs: one on many ranks under a local torchrun of its own; the others, one after another, in a worker process (launch/worker.py).
+Owns: the order, what is skipped, what is printed. Refuses: to write over an output that is out of date, unless asked to remake it.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from megatron_prism import artifact
+from megatron_prism.errors import UserError
+from megatron_prism.launch.job import Outcome, run_local
+from megatron_prism.launch.plan import Step, load_plan
+from megatron_prism.launch.worker import Worker
+
+STOPPED_EARLY = 75
+"""Exit status when a stage ended well before its work was done (a wall-clock limit): the same command continues it (sysexits' EX_TEMPFAIL)."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What there is to do for a step, and why. stale: its output is finished, but of another request."""
+
+    action: Literal["skip", "run", "continue", "stale"]
+    why: str
+
+
+def run_pipeline(path: Path, dry_run: bool = False, remake: bool = False) -> None:
+    """Run a chain of stages. Every recipe is checked before the first one starts.
+
+    Errors: UserError for a bad pipeline or recipe, and for an output that is out of date (remake=True removes it instead);
+    SystemExit with the failed stage's status otherwise.
+    """
+    plan = load_plan(path)
+    if dry_run:
+        _print_plan(plan)
+        return
+    stale = [f"stage {step.name}: {step.output} is out of date: {state.why}" for step, state in states(plan) if state.action == "stale"]
+    if stale and not remake:
+        raise UserError("\n".join([*stale, "choose other outputs, or have these removed and made again: prism run PIPELINE.toml --remake"]))
+    started, ran = time.monotonic(), 0
+    with _Workers() as workers:
+        for number, step in enumerate(plan, 1):
+            ran += _advance(step, f"[{number}/{len(plan)}]", workers)
+    typer.secho(f"pipeline done in {_duration(time.monotonic() - started)}: {ran} run, {len(plan) - ran} skipped", bold=True)
+
+
+class _Workers:
+    """The worker process of one-process stages: started when one is needed, gone while torchrun has the machine."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._worker is not None and kind is not None:
+            self._worker.end()
+        self.release()
+
+    def run(self, step: Step) -> Outcome:
+        if step.parallel:
+            self.release()
+            return run_local(step.job, step.log)
+        if self._worker is None:
+            self._worker = Worker()
+        return self._worker.run(step.job, step.log)
+
+    def release(self) -> None:
+        """End the worker, and with it the memory that it holds."""
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
+
+
+def _advance(step: Step, label: str, workers: _Workers) -> bool:
+    """Bring one step to its end; False when there was nothing to do."""
+    state = state_of(step)
+    if state.action == "skip":
+        typer.secho(f"{label} {step.name}: skip, {step.output} is {state.why}", dim=True)
+        return False
+    if state.action == "stale":
+        shutil.rmtree(step.output)  # only reached when remaking was asked for: see run_pipeline
+    ranks = f" on {step.job.ranks} ranks" if step.parallel else ""
+    typer.secho(f"{label} {step.name}: {state.action} {step.job.stage}{ranks}: {state.why}", bold=True)
+    started = time.monotonic()
+    outcome = workers.run(step)
+    seconds = time.monotonic() - started
+    if outcome.status == 0 and not artifact.is_complete(step.output):
+        outcome = Outcome(STOPPED_EARLY, f"it stopped before {step.output} was complete; run the pipeline again to continue")
+    if outcome.status:
+        typer.secho(f"error: stage {step.name} failed after {_duration(seconds)}: {outcome.message}", fg="red", err=True)
+        typer.secho(f"its output: {step.log}", fg="red", err=True)
+        raise SystemExit(outcome.status)
+    typer.secho(f"{label} {step.name}: done in {_duration(seconds)}, {step.output}", fg="green")
+    return True
+
+
+def states(plan: list[Step]) -> list[tuple[Step, State]]:
+    """What running the pipeline would do: a finished step whose input will be made anew is out of date too."""
+    found: list[tuple[Step, State]] = []
+    anew: set[Path] = set()
+    for step in plan:
+        state = state_of(step)
+        inputs = (
+            [parent for parent in _parents(step) if any(parent.absolute().is_relative_to(made) for made in anew)] if state.action == "skip" else []
+        )
+        if inputs:
+            state = State("stale", f"its input {inputs[0]} will be made anew")
+        if state.action != "skip":
+            anew.add(step.output.absolute())
+        found.append((step, state))
+    return found
+
+
+def state_of(step: Step) -> State:
+    """What running this step now would do."""
+    if not artifact.is_complete(step.output):
+        begun = artifact.begun_as(step.output) is not None
+        return State("continue", f"{step.output} is not complete") if begun else State("run", f"-> {step.output}")
+    try:
+        artifact.require(step.output)
+        reasons = artifact.changes(step.output, step.config, step.module.parents(step.config))
+    except UserError as error:
+        reasons = [str(error)]
+    return State("stale", "; ".join(reasons)) if reasons else State("skip", "complete and unchanged")
+
+
+def _parents(step: Step) -> list[Path]:
+    return [Path(parent) for parent in step.module.parents(step.config)]
+
+
+def _print_plan(plan: list[Step]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "kind", "ranks", "recipe", "output", "would", box=None, pad_edge=False)
+    for step, state in states(plan):
+        would = f"stop: out of date ({state.why})" if state.action == "stale" else state.action
+        table.add_row(step.name, step.job.stage, str(step.job.ranks) if step.parallel else "-", str(step.job.recipe or "-"), str(step.output), would)
+    Console(soft_wrap=True).print(table)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
