@@ -1,0 +1,252 @@
+"""Raw chunks of input -> documents, in the worker processes: JSON lines, text files, paragraphs, column values.
+
+Owns: what counts as a document, as empty, as blank and as bad, and the reason given for a bad one. Refuses nothing itself: the caller decides.
+"""
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import zstandard
+
+from megatron_prism.errors import UserError
+
+EXCERPT_CHARACTERS = 200
+UTF8_BOM = b"\xef\xbb\xbf"
+PARAGRAPH_GAP = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
+
+
+class Bad(NamedTuple):
+    """A record that is no document. input: how many files after the chunk's first; line: counted from 1 within the chunk (or the file)."""
+
+    input: int
+    line: int
+    reason: str
+    excerpt: str
+
+
+@dataclass
+class Documents:
+    """What one chunk holds. lines: of the input it covers; bad: the first few bad records; reasons: how many there are of each kind."""
+
+    texts: list[str] = field(default_factory=list)
+    text_bytes: list[int] = field(default_factory=list)
+    lines: int = 0
+    records: int = 0
+    blank: int = 0
+    empty: int = 0
+    bad: list[Bad] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+class BadRecordError(Exception):
+    """A record that is no document: a reason that many may share, and the text that shows it."""
+
+
+class Extract(NamedTuple):
+    """How a document is made of a record: one column, or a format with {column} names. keep_bad: how many bad records to describe."""
+
+    column: str
+    format: str | None
+    keep_bad: int
+
+    def text(self, record: Any) -> str:
+        """The document of a str, a dict, or UTF-8 bytes. Raises BadRecordError."""
+        if isinstance(record, dict):
+            if self.format is None:
+                return _string(record, self.column)
+            return re.sub(r"\{([^{}]+)\}", lambda name: _string(record, name[1]), self.format)
+        if isinstance(record, bytes):
+            return _decode(record)
+        if isinstance(record, str):
+            return record
+        raise BadRecordError(f"record is {_type_name(record)}, not text or a table of columns")
+
+
+def _string(record: dict[str, Any], column: str) -> str:
+    if column not in record:
+        raise BadRecordError(f"no column {column!r}")
+    value = record[column]
+    if isinstance(value, bytes):
+        return _decode(value)
+    if not isinstance(value, str):
+        raise BadRecordError(f"column {column!r} is {_type_name(value)}, not text")
+    return value
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRecordError("invalid UTF-8") from None
+
+
+def _type_name(value: Any) -> str:
+    return {"NoneType": "null", "bool": "a boolean", "int": "a number", "float": "a number", "list": "a list", "dict": "a table"}.get(
+        type(value).__name__, f"a {type(value).__name__}"
+    )
+
+
+def _parse_json(line: bytes) -> Any:
+    try:
+        return json.loads(_decode(line))
+    except (ValueError, RecursionError):
+        raise BadRecordError("invalid JSON") from None
+
+
+def read_chunk(kind: str, payload: Any, extract: Extract) -> Documents:
+    """The documents of a chunk, as `data_prep.inputs` cut it.
+
+    kind "range": payload (path, start, stop), the JSON lines that begin in those bytes; "lines": JSON lines as bytes; "paragraphs": text as bytes;
+    "files": paths, a document each; "records": str, bytes or dicts.
+    """
+    found = Documents()
+    if kind in ("range", "lines"):
+        data = read_line_range(*payload) if kind == "range" else payload
+        for number, line in enumerate(_lines(data), 1):
+            found.lines = number
+            _take(found, extract, 0, number, line, parse_json=True)
+    elif kind == "paragraphs":
+        for line_number, paragraph in _paragraphs(payload):
+            _take(found, extract, 0, line_number, paragraph)
+        found.lines = payload.count(b"\n")
+    elif kind == "files":
+        for number, path in enumerate(payload):
+            with Path(path).open("rb") as raw, decompress(raw, Path(path)) as file:
+                _take(found, extract, number, 1, file.read().removeprefix(UTF8_BOM))
+    else:
+        assert kind == "records", kind
+        for number, record in enumerate(payload, 1):
+            found.lines = number
+            _take(found, extract, 0, number, record)
+    return found
+
+
+def _take(found: Documents, extract: Extract, input_number: int, line: int, record: Any, parse_json: bool = False) -> None:
+    if parse_json and (not record or record.isspace()):
+        found.blank += 1
+        return
+    found.records += 1
+    try:
+        text = extract.text(_parse_json(record) if parse_json else record)
+        size = _utf8_bytes(text)
+    except BadRecordError as error:
+        reason = str(error)
+        found.reasons[reason] += 1
+        if len(found.bad) < max(1, extract.keep_bad):
+            found.bad.append(Bad(input_number, line, reason, _excerpt(record)))
+        return
+    if not text or text.isspace():
+        found.empty += 1
+    else:
+        found.texts.append(text)
+        found.text_bytes.append(size)
+
+
+def _utf8_bytes(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise BadRecordError("half a surrogate pair (\\ud800 to \\udfff), which is no text") from None
+
+
+def _excerpt(record: Any) -> str:
+    text = record[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace") if isinstance(record, bytes) else str(record)
+    return text[:EXCERPT_CHARACTERS].encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    lines = data.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    return iter(lines)
+
+
+def _paragraphs(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(line on which it begins, paragraph without the line breaks around it)."""
+    line, place = 1, 0
+    for gap in [*PARAGRAPH_GAP.finditer(data), None]:
+        paragraph = data[place : gap.start() if gap else len(data)]
+        body = paragraph.lstrip(b"\r\n")
+        if body.strip():
+            yield line + paragraph.count(b"\n", 0, len(paragraph) - len(body)), body.rstrip(b"\r\n")
+        if gap:
+            line, place = line + data.count(b"\n", place, gap.end()), gap.end()
+
+
+def read_line_range(path: str, start: int, stop: int) -> bytes:
+    """The whole lines that begin at a byte of [start, stop). Reads no more than that range, and the rest of its last line."""
+    with Path(path).open("rb") as file:
+        file.seek(max(start - 1, 0))
+        data = file.read(stop - max(start - 1, 0))
+        if start:  # the line that holds byte start - 1 began before; searching only this range keeps a huge line from being read by every range in it
+            newline = data.find(b"\n")
+            data = data[newline + 1 :] if newline >= 0 else b""
+        if data and not data.endswith(b"\n"):
+            data += file.readline()
+    return data.removeprefix(UTF8_BOM) if start == 0 else data
+
+
+def decompress(raw: BinaryIO, path: Path) -> BinaryIO:
+    """The text of an open plain, .gz or .zst file, by its suffix. Errors while reading: UserError naming a damaged or cut file."""
+    if path.suffix == ".gz":
+        return cast(BinaryIO, io.BufferedReader(_Checked(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), path), 1 << 18))
+    if path.suffix == ".zst":
+        return cast(BinaryIO, io.BufferedReader(_Checked(_ZstdFile(raw), path), 1 << 18))
+    return raw
+
+
+class _Checked(io.RawIOBase):
+    """Turns the errors of a decompressor into one for people."""
+
+    def __init__(self, file: io.RawIOBase, path: Path):
+        self._file, self._path = file, path
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._file.readinto(buffer) or 0
+        except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(f"{self._path} cannot be decompressed ({error}): it is damaged or was cut short; fetch it again") from None
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _ZstdFile(io.RawIOBase):
+    """A .zst file of any number of frames. zstandard's own reader takes a cut file for a whole one; this one does not."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            if not (compressed := compressed or self._file.read(1 << 17)):
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(compressed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count

@@ -1,0 +1,288 @@
+"""The inputs of a source, cut into chunks of about one MiB of text that workers turn into tokens independently.
+
+Chunks depend on the input alone, never on workers or on where an earlier run stopped: each begins where the one before it ended, so a run that was
+killed goes on from any chunk boundary. Plain .jsonl is read by the workers themselves; compressed files, parquet and functions are streamed by the
+parent, once. Memory: a chunk, or the largest single document.
+
+Owns: finding files, fingerprints, cutting. Refuses: patterns without a match, unknown suffixes, parquet without the column, damaged files.
+"""
+
+import glob
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import xxhash
+
+from megatron_prism.data_prep.documents import UTF8_BOM, decompress
+from megatron_prism.data_prep.settings import SourceConfig
+from megatron_prism.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+CHUNK_RECORDS = 4096
+PARQUET_BATCH_ROWS = 512
+SUFFIX_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+COMPRESSED = (".gz", ".zst")
+FINGERPRINT_SAMPLES = 16
+FINGERPRINT_BYTES = 1 << 16
+
+
+class Input(NamedTuple):
+    """One file, or one function (kind "function", whose path is its name)."""
+
+    path: str
+    kind: str
+    bytes: int
+    fingerprint: str
+
+
+class Position(NamedTuple):
+    """A chunk boundary: which input, and where in it (bytes of uncompressed lines, or rows, or records)."""
+
+    input: int
+    offset: int
+
+
+START = Position(0, 0)
+
+
+class Chunk(NamedTuple):
+    """A piece of work. kind and payload are for `documents.read_chunk`; input_bytes: the share of the input's size, for the progress bar;
+    digest: of all records of a function so far, to see on resuming that it yields the same again."""
+
+    start: Position
+    end: Position
+    kind: str
+    payload: Any
+    input_bytes: int
+    digest: str | None = None
+
+
+def find_inputs(source: SourceConfig) -> list[Input]:
+    """The inputs of a source in order: patterns as written, files of a pattern sorted. Errors: UserError for what is not there or unknown."""
+    if source.function is not None:
+        return [_function_input(source)]
+    paths = list(dict.fromkeys(path for pattern in source.paths for path in _expand(pattern, source)))
+    with ThreadPoolExecutor(max_workers=8) as pool:  # reading a few blocks of many files is all waiting
+        return list(pool.map(lambda path: _file_input(path, source), paths))
+
+
+def _expand(pattern: str, source: SourceConfig) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(entry for entry in path.rglob("*") if entry.is_file() and (source.kind or _suffix_kind(entry)))
+    elif path.is_file():
+        found = [path]
+    else:
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        found = sorted(Path(name) for name in names if Path(name).is_file())
+    if not found:
+        raise UserError(f"source {source.name!r}: {pattern!r} matches no file (known: {', '.join(SUFFIX_KINDS)}; others need kind); check the path")
+    return found
+
+
+def _suffix_kind(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    return SUFFIX_KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _file_input(path: Path, source: SourceConfig) -> Input:
+    kind = source.kind or _suffix_kind(path)
+    if kind is None:
+        raise UserError(f"source {source.name!r}: {path} has no known suffix ({', '.join(SUFFIX_KINDS)}, with .gz or .zst); set kind")
+    return Input(str(path), kind, path.stat().st_size, fingerprint(path))
+
+
+def fingerprint(path: Path) -> str:
+    """xxh3-128 over the size and 16 blocks of 64 KiB, evenly spread from the first to the last: tells files apart without reading terabytes."""
+    size = path.stat().st_size
+    hasher = xxhash.xxh3_128(str(size).encode())
+    last = max(size - FINGERPRINT_BYTES, 0)
+    with path.open("rb") as file:
+        for place in sorted({last * step // (FINGERPRINT_SAMPLES - 1) for step in range(FINGERPRINT_SAMPLES)}):
+            file.seek(place)
+            hasher.update(file.read(FINGERPRINT_BYTES))
+    return str(hasher.hexdigest())
+
+
+def _function_input(source: SourceConfig) -> Input:
+    assert source.function is not None
+    place = inspect.getsourcefile(inspect.unwrap(load_function(source.function)))
+    hasher = hashlib.sha256(json.dumps(source.arguments, sort_keys=True).encode())
+    hasher.update(Path(place).read_bytes() if place else b"")
+    return Input(source.function, "function", 0, hasher.hexdigest()[:32])
+
+
+def load_function(name: str) -> Callable[..., Iterable[Any]]:
+    """The function of "package.module:function" or "path/to/file.py:function". Errors: UserError when it cannot be found."""
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise UserError(f"function={name!r} must read package.module:function or path/to/file.py:function")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, attribute)  # type: ignore[no-any-return]
+    except (ImportError, FileNotFoundError, AttributeError) as error:
+        raise UserError(f"function={name!r} cannot be loaded ({error}); give package.module:function or path/to/file.py:function") from None
+
+
+def chunks(source: SourceConfig, inputs: list[Input], start: Position = START, digest: str | None = None) -> Iterator[Chunk]:
+    """The chunks of a source from a boundary on. digest: of the records before `start`, where a function yields them."""
+    number, offset = start
+    while number < len(inputs):
+        found = inputs[number]
+        if found.kind == "text" and source.documents == "file":
+            yield (group := _file_group(inputs, number))
+            number = group.end.input
+            continue
+        if found.kind == "jsonl" and not found.path.endswith(COMPRESSED):
+            yield from _line_ranges(found, number, offset)
+        elif found.kind == "parquet":
+            yield from _parquet(found, number, offset, source)
+        elif found.kind == "function":
+            yield from _function(source, number, offset, digest)
+        else:
+            yield from _stream(found, number, offset, "lines" if found.kind == "jsonl" else "paragraphs")
+        number, offset = number + 1, 0
+
+
+def _line_ranges(found: Input, number: int, offset: int) -> Iterator[Chunk]:
+    for start in range(offset, found.bytes, CHUNK_BYTES):
+        stop = min(start + CHUNK_BYTES, found.bytes)
+        end = Position(number, stop) if stop < found.bytes else Position(number + 1, 0)
+        yield Chunk(Position(number, start), end, "range", (found.path, start, stop), stop - start)
+
+
+def _file_group(inputs: list[Input], number: int) -> Chunk:
+    last, size = number, 0
+    while last < len(inputs) and inputs[last].kind == "text" and size < CHUNK_BYTES and last - number < CHUNK_RECORDS:
+        size, last = size + inputs[last].bytes, last + 1
+    return Chunk(Position(number, 0), Position(last, 0), "files", [found.path for found in inputs[number:last]], size)
+
+
+def _stream(found: Input, number: int, offset: int, kind: str) -> Iterator[Chunk]:
+    """Whole lines, or whole paragraphs, of a file that can only be read from its start."""
+    with Path(found.path).open("rb") as raw, decompress(raw, Path(found.path)) as file:
+        _skip(found, file, offset)
+        reported = raw.tell()
+        while data := file.read(CHUNK_BYTES):
+            if kind == "lines":
+                data += b"" if data.endswith(b"\n") else file.readline()
+            else:
+                data = _until_blank_line(data, file)
+            start, offset = offset, offset + len(data)
+            payload = data.removeprefix(UTF8_BOM) if start == 0 else data
+            yield Chunk(Position(number, start), Position(number, offset), kind, payload, raw.tell() - reported)
+            reported = raw.tell()
+    yield Chunk(Position(number, offset), Position(number + 1, 0), kind, b"", 0)  # where the file ends is known only now: this carries the boundary
+
+
+def _skip(found: Input, file: BinaryIO, offset: int) -> None:
+    skipped = 0
+    while skipped < offset:
+        part = len(file.read(min(CHUNK_BYTES, offset - skipped)))
+        if part == 0:
+            raise UserError(f"{found.path} ends at byte {skipped}, but a run stopped at byte {offset} of it: it was changed; use a new output")
+        skipped += part
+
+
+def _until_blank_line(data: bytes, file: BinaryIO) -> bytes:
+    parts = [data if data.endswith(b"\n") else data + file.readline()]
+    while line := file.readline():
+        parts.append(line)
+        if not line.strip():
+            break
+    return b"".join(parts)
+
+
+def _parquet(found: Input, number: int, offset: int, source: SourceConfig) -> Iterator[Chunk]:
+    rows = _parquet_rows(found, offset, source)
+    yield from _records(rows, number, offset, found.bytes)
+
+
+def _parquet_rows(found: Input, offset: int, source: SourceConfig) -> Iterator[tuple[Any, int, float]]:
+    """(record, its size, share of the file read): bytes for one column (decoded by the worker), dicts where a format joins several."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(found.path, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{found.path} is no readable parquet file ({error}); fetch it again") from None
+    for column in source.columns:
+        _check_column(found, file.schema_arrow, column)
+    total, row = max(1, file.metadata.num_rows), 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if row + rows <= offset:
+            row += rows
+            continue
+        for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=source.columns):
+            values = [batch.column(column).cast(pa.large_binary()).to_pylist() for column in source.columns]
+            for record in zip(*values, strict=True):
+                row += 1
+                if row > offset:
+                    size = sum(len(value or b"") for value in record)
+                    yield (dict(zip(source.columns, record, strict=True)), size, row / total)
+
+
+def _check_column(found: Input, schema: Any, column: str) -> None:
+    import pyarrow as pa
+
+    if column not in schema.names:
+        raise UserError(f"{found.path} has no column {column!r}; it has {', '.join(schema.names)}: set column or format")
+    kind = schema.field(column).type
+    if not any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)):
+        raise UserError(f"{found.path}: column {column!r} holds {kind}, not text; choose a text column")
+
+
+def _records(rows: Iterator[tuple[Any, int, float]], number: int, offset: int, input_bytes: int) -> Iterator[Chunk]:
+    start, records, size, reported = offset, [], 0, 0
+    for record, record_bytes, share in rows:
+        records.append(record)
+        offset, size = offset + 1, size + record_bytes
+        if size >= CHUNK_BYTES or len(records) >= CHUNK_RECORDS:
+            done = int(share * input_bytes)
+            yield Chunk(Position(number, start), Position(number, offset), "records", records, done - reported)
+            start, records, size, reported = offset, [], 0, done
+    yield Chunk(Position(number, start), Position(number + 1, 0), "records", records, input_bytes - reported)
+
+
+def _function(source: SourceConfig, number: int, offset: int, digest: str | None) -> Iterator[Chunk]:
+    assert source.function is not None
+    hasher, start, records, size = xxhash.xxh3_64(), offset, [], 0
+    place = 0
+    for record in load_function(source.function)(**source.arguments):
+        text = record if isinstance(record, str) else json.dumps(record, sort_keys=True, default=str)
+        hasher.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        place += 1
+        if place <= offset:
+            _check_digest(source, place == offset, hasher.hexdigest(), digest)
+            continue
+        records.append(record)
+        size += len(text)
+        if size >= CHUNK_BYTES or len(records) >= CHUNK_RECORDS:
+            yield Chunk(Position(number, start), Position(number, place), "records", records, 0, hasher.hexdigest())
+            start, records, size = place, [], 0
+    if place < offset:
+        _check_digest(source, True, "", digest)
+    yield Chunk(Position(number, start), Position(number + 1, 0), "records", records, 0, hasher.hexdigest())
+
+
+def _check_digest(source: SourceConfig, there: bool, found: str, digest: str | None) -> None:
+    if there and found != digest:
+        raise UserError(
+            f"source {source.name!r}: {source.function} yields other records than in the run that is taken up; "
+            "it must yield the same each time (seed it): mend it and use a new output"
+        )

@@ -1,0 +1,114 @@
+"""The tokenizer of a prep run: any Hugging Face folder, or a sentencepiece .model, copied into the output and loaded by every worker.
+
+The ids are those of `AutoTokenizer(...)(text, add_special_tokens=False)`, by construction: the workers run the very backend that transformers builds
+(it does not always follow tokenizer.json to the letter), without importing transformers or torch. Nothing is put before a document; the
+end-of-document id after it is the caller's to add.
+
+Owns: loading, copying, identifying. Refuses: folders without a tokenizer, tokenizers without an end-of-sequence token, code that would need trust.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_prism.data_prep import sentencepiece_model
+from megatron_prism.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+Encode = Callable[[list[str]], Sequence[list[int]]]
+
+
+class Tokenizer(NamedTuple):
+    """What a worker needs. backend: the `tokenizers` serialisation, or None where only transformers can run it, from `folder`.
+
+    hash: of what decides ids: vocabulary, end-of-document id and the ids of probe texts; the same for one tokenizer saved in two ways.
+    """
+
+    folder: str
+    backend: str | None
+    hash: str
+    vocab_size: int
+    end_of_document: int
+
+
+def prepare_tokenizer(source: Path, target: Path, end_of_document: str | None = None) -> Tokenizer:
+    """Copy a tokenizer into the empty folder `target` so that AutoTokenizer loads it there, and describe it. Imports transformers (and torch).
+
+    source: an HF folder (a checkpoint folder's `hf` is found), or a .model file. end_of_document: a token instead of the end-of-sequence token.
+    """
+    if source.is_file() and source.suffix == ".model":
+        sentencepiece_model.load(source).save_pretrained(target)
+    else:
+        _copy_files(_tokenizer_folder(source), target)
+    loaded = load_auto(target)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    end = _end_of_document(loaded, source, end_of_document)
+    ids = [loaded(text, add_special_tokens=False)["input_ids"] for text in (*sentencepiece_model.PROBES, *sentencepiece_model.SPACE_FIRST_PROBES)]
+    vocabulary = loaded.get_vocab()
+    content = json.dumps([sorted(vocabulary.items()), end, ids])
+    return Tokenizer(
+        folder=str(target),
+        backend=None if backend is None else backend.to_str(),
+        hash=hashlib.sha256(content.encode()).hexdigest(),
+        vocab_size=max(max(vocabulary.values(), default=0) + 1, len(loaded)),
+        end_of_document=end,
+    )
+
+
+def load_auto(folder: Path) -> Any:
+    """AutoTokenizer of a local folder. Errors: UserError when transformers cannot load it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything from OSError to pydantic's and Rust's own
+        raise UserError(f"{folder} has no tokenizer that transformers loads ({type(error).__name__}: {str(error)[:300]})") from None
+
+
+def _tokenizer_folder(source: Path) -> Path:
+    if not source.exists():
+        raise UserError(f"tokenizer={source} does not exist; give a Hugging Face folder, a checkpoint folder, or a sentencepiece .model file")
+    for folder in (source, source / "hf"):
+        if folder.is_dir() and any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+            return folder
+    raise UserError(f"tokenizer={source} holds no tokenizer files; give a Hugging Face folder, a checkpoint folder, or a sentencepiece .model file")
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for pattern in (*TOKENIZER_FILES, "config.json"):  # config.json names the class where tokenizer_config.json does not
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def _end_of_document(loaded: Any, source: Path, token: str | None) -> int:
+    token = token if token is not None else loaded.eos_token
+    if token is None:
+        raise UserError(f"tokenizer={source} has no end-of-sequence token; set end_of_document to one of its tokens")
+    vocabulary = loaded.get_vocab()
+    if token not in vocabulary:
+        raise UserError(f"end_of_document={token!r} is no token of {source}; choose one of its tokens, such as {loaded.eos_token!r}")
+    return int(vocabulary[token])
+
+
+def limit_threads() -> None:
+    """One thread for each worker: called in a worker before `tokenizers` is imported."""
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
+
+
+def load_encoder(tokenizer: Tokenizer) -> Encode:
+    """A function from texts to their ids, nothing added. Called in each worker; imports transformers only for a tokenizer without a backend."""
+    if tokenizer.backend is None:
+        slow = load_auto(Path(tokenizer.folder))
+        return lambda texts: [slow(text, add_special_tokens=False)["input_ids"] for text in texts]
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(tokenizer.backend)
+    backend.no_truncation()
+    backend.no_padding()
+    # encode_batch_fast gives encode_batch's ids without the character offsets that nobody reads here
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

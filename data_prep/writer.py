@@ -1,0 +1,73 @@
+"""Writing shards in a stream: a .bin of any size in constant memory (but for the document lengths), and its .idx.
+
+Owns: one shard from its first token to its place on disk. Refuses nothing; what it is given is checked before.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prism import artifact
+from megatron_prism.data_prep.manifest import BlockHasher, Shard
+from megatron_prism.data_prep.shards import index_bytes, read_index
+
+COPY_BYTES = 1 << 22
+
+
+class ShardWriter:
+    """Writes one shard in a stream: the .bin under a temporary name, then both files put in place, on disk, whole or not at all.
+
+    suffix: after .bin and .idx, for shards that are no part of the result.
+    """
+
+    def __init__(self, prefix: Path, dtype: str, suffix: str = ""):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self.prefix, self.dtype, self.suffix = prefix, np.dtype(dtype), suffix
+        self.text_bytes = 0
+        self._temporary = prefix.with_name(f".{prefix.name}.bin.tmp")
+        self._file = self._temporary.open("wb")
+        self._lengths: list[NDArray[np.int32]] = []
+        self._hasher = BlockHasher()
+
+    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int32], text_bytes: int) -> None:
+        """Append documents: their ids end to end, the tokens of each, and the UTF-8 bytes of their text together."""
+        assert tokens.dtype == self.dtype and len(tokens) == lengths.sum(dtype=np.int64), (tokens.dtype, len(tokens))
+        data = np.ascontiguousarray(tokens).data.cast("B")
+        self._file.write(data)
+        self._hasher.update(data)
+        self._lengths.append(lengths)
+        self.text_bytes += text_bytes
+
+    def finish(self) -> Shard:
+        """Put both files in place and describe them."""
+        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
+        index = index_bytes(lengths, self.dtype)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        self._temporary.replace(self._path("bin"))
+        artifact.write_atomic(self._path("idx"), index)  # also makes the rename above last
+        digest = hashlib.sha256(index).hexdigest()
+        return Shard(self.prefix.name, len(lengths), size // self.dtype.itemsize, size, len(index), digest, self._hasher.blocks())
+
+    def copy(self, prefix: Path, suffix: str, text_bytes: int) -> None:
+        """Append all documents of another shard."""
+        self._lengths.append(read_index(prefix.with_name(f"{prefix.name}.idx{suffix}")).lengths)
+        with prefix.with_name(f"{prefix.name}.bin{suffix}").open("rb") as file:
+            while data := file.read(COPY_BYTES):
+                self._file.write(data)
+                self._hasher.update(data)
+        self.text_bytes += text_bytes
+
+    def _path(self, kind: str) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}.{kind}{self.suffix}")
+
+    def discard(self) -> None:
+        """Give the shard up."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)

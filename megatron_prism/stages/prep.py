@@ -1,0 +1,76 @@
+"""`prism prep`: text -> token shards, their manifests, and a blend.
+
+    OUTPUT/blend.toml   OUTPUT/tokenizer/   OUTPUT/NAME/{report.json, train/, validation/}
+Killed at any moment, it goes on when run again with the same recipe; the result is the same, byte for byte.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from megatron_prism import artifact
+from megatron_prism.data_prep.settings import PrepConfig as Config
+from megatron_prism.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prism.data_prep.source_writer import SourceReport
+
+__all__ = ["Config", "dry_run", "parents", "run"]
+
+
+def parents(cfg: Config) -> list[Path]:
+    """None: text is no artifact. Changed inputs are found by their fingerprints."""
+    return []
+
+
+def run(cfg: Config) -> Path:
+    """Prepare every source; returns the finished output. A finished output of the same recipe and inputs is left as it is."""
+    from megatron_prism.data_prep import prepare
+    from megatron_prism.data_prep.journal import Journal
+    from megatron_prism.data_prep.progress import console
+
+    if artifact.is_current(cfg.output, cfg):
+        if changed := prepare.input_changes(cfg):
+            raise UserError(f"{cfg.output} was made from other inputs: {', '.join(changed[:5])} changed; choose another output or remove the folder")
+        console.print(f"{cfg.output} is complete; nothing to do", highlight=False)
+        return cfg.output
+    if artifact.is_complete(cfg.output):
+        artifact.begin(cfg.output, "prep", cfg)  # refuses a finished output of another recipe
+    with Journal(cfg.output).lock():
+        result = prepare.prepare(cfg)
+        prepare.finish(cfg)
+    console.print(_table(cfg, result.sources))
+    documents = sum(source.documents + source.held_out_documents for source in result.sources)
+    tokens = sum(source.tokens + source.held_out_tokens for source in result.sources)
+    rates = f"{result.documents_per_second:,.0f} documents/s, {result.text_megabytes_per_second:,.1f} MB/s, {result.tokens_per_second:,.0f} tokens/s"
+    line = f"{cfg.output}: {documents:,} documents, {tokens:,} tokens; this run {result.seconds:,.1f} s, {rates}"
+    console.print(line, highlight=False, soft_wrap=True)
+    return cfg.output
+
+
+def _table(cfg: Config, sources: Sequence["SourceReport"]) -> Table:
+    table = Table("source", "domain", title="documents and tokens for training; held out in brackets")
+    for column in ("documents", "tokens", "text MB", "bad", "empty", "share %"):
+        table.add_column(column, justify="right")
+    weights = [source.weight or report.tokens for source, report in zip(cfg.source, sources, strict=True)]
+    for report, weight in zip(sources, weights, strict=True):
+        documents = f"{report.documents:,} ({report.held_out_documents:,})"
+        tokens = f"{report.tokens:,} ({report.held_out_tokens:,})"
+        counts = (f"{report.text_bytes / 1e6:,.1f}", f"{sum(report.bad.values()):,}", f"{report.empty:,}", f"{100 * weight / sum(weights):.2f}")
+        table.add_row(report.name, report.domain, documents, tokens, *counts)
+    return table
+
+
+def dry_run(cfg: Config) -> None:
+    """List the inputs and their sizes; reads a few blocks of each, writes nothing."""
+    from megatron_prism.data_prep import prepare
+    from megatron_prism.data_prep.progress import console
+
+    table = Table("source", "domain", "kind", "inputs", "MB", "first", title=f"prep -> {cfg.output}")
+    for source, files in zip(cfg.source, prepare.find_all_inputs(cfg).values(), strict=True):
+        kinds = "+".join(sorted({file.kind for file in files}))
+        megabytes = f"{sum(file.bytes for file in files) / 1e6:,.1f}" if source.paths else "?"
+        table.add_row(source.name, source.domain, kinds, f"{len(files):,}", megabytes, files[0].path)
+    console.print(table)
