@@ -65,6 +65,9 @@ class Reader:
         """Names of the stored objects that are no tensors."""
         return sorted(self._metadata.state_dict_metadata.keys() - self._tensors.keys())
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 

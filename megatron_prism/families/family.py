@@ -90,7 +90,8 @@ class Family:
                 values = " or ".join(repr(value) for value in allowed)
                 raise UserError(f"{key}={config[key]!r} is not supported for {self.hf_type}; only {values}")
         known = {*self.config, *self.fixed, *WITHOUT_EFFECT, *(key for keys in self.features for key in keys)}
-        unknown = sorted(key for key in config if key not in known and config[key] not in (None, False, 0, "", [], {}))
+        on = {key for key, value in config.items() if value not in (None, False, 0, "", [], {}) and not key.startswith("_")}
+        unknown = sorted(on - known)
         if unknown:
             raise UserError(
                 f"config.json of this {self.hf_type} model sets {', '.join(unknown)}, which this version does not implement; "
