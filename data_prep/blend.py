@@ -18,7 +18,7 @@ import tomli_w
 
 from megatron_prism import artifact
 from megatron_prism.config import Block, NonNegative, PositiveFloat, read_toml, validate
-from megatron_prism.data_prep.manifest import Manifest, common, load_manifest
+from megatron_prism.data_prep.manifest import Manifest, check_one_tokenizer, load_manifest
 from megatron_prism.data_prep.sampler import Sampler
 from megatron_prism.errors import UserError
 
@@ -47,7 +47,7 @@ class Blend:
         """The manifest of every source's train or validation split, in order; sources without that split are left out. One tokenizer for all."""
         folders = [folder for source in self.sources if (folder := getattr(source, split)) is not None]
         found = [load_manifest(folder) for folder in folders]
-        common(found)
+        check_one_tokenizer(found)
         return found
 
     def sampler(self, seq_len: int, manifests: list[Manifest] | None = None) -> Sampler:

@@ -7,9 +7,10 @@ compared at first read (pools are terabytes) or all at once. Refuses: folders wi
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -201,13 +202,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def common(manifests: Iterable[Manifest]) -> Manifest:
-    """The first manifest, after checking that all were made with one tokenizer. Errors: UserError naming the two that differ."""
-    first, *others = manifests
-    for other in others:
+def check_one_tokenizer(manifests: Sequence[Manifest]) -> None:
+    """Errors: UserError naming two splits that were made with different tokenizers."""
+    for first, other in pairwise(manifests):
         if (other.tokenizer_hash, other.end_of_document) != (first.tokenizer_hash, first.end_of_document):
             raise UserError(f"{other.folder} and {first.folder} were made with different tokenizers; prepare all sources of a blend with one")
-    return first
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -1,0 +1,139 @@
+"""Inputs are cut the same way whoever cuts them and wherever a run starts again."""
+
+import itertools
+
+import pytest
+from prep_cases import KINDS, texts, write_kind
+
+from megatron_prism.data_prep import inputs
+from megatron_prism.data_prep.documents import Extract, read_chunk
+from megatron_prism.data_prep.settings import SourceConfig
+from megatron_prism.errors import UserError
+
+EXTRACT = Extract("text", None, 5)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(inputs, "PARQUET_BATCH_ROWS", 10)
+
+
+def source_of(folder, kind, documents, **more):
+    place = write_kind(folder, kind, documents)
+    given = {"function": place, "arguments": {"path": str(folder / "data.json")}} if kind == "function" else {"paths": [place]}
+    return SourceConfig(name="s", **given, **more)
+
+
+def documents_of(chunks):
+    return [text for chunk in chunks for text in read_chunk(chunk.kind, chunk.payload, EXTRACT).texts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_hold_every_document_once_in_order(tmp_path, kind):
+    documents = texts(120)
+    source = source_of(tmp_path / kind, kind, documents)
+    chunks = list(inputs.chunks(source, inputs.find_inputs(source)))
+    assert documents_of(chunks) == documents
+    assert len(chunks) > 5
+    assert all(before.end == after.start for before, after in itertools.pairwise(chunks))
+    found = inputs.find_inputs(source)
+    assert chunks[-1].end == inputs.Position(len(found), 0)
+    if kind not in ("function", "zst", "gz"):
+        assert sum(chunk.input_bytes for chunk in chunks) == sum(file.bytes for file in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_going_on_from_any_boundary_gives_the_same_chunks(tmp_path, kind):
+    source = source_of(tmp_path / kind, kind, texts(80))
+    found = inputs.find_inputs(source)
+    whole = list(inputs.chunks(source, found))
+    for number, chunk in enumerate(whole):
+        rest = list(inputs.chunks(source, found, chunk.end, chunk.digest))
+        assert [part._replace(input_bytes=0) for part in rest] == [part._replace(input_bytes=0) for part in whole[number + 1 :]]
+
+
+def test_paragraphs_of_a_long_file_are_whole_in_every_chunk(tmp_path):
+    paragraphs = [f"{number} " + "word " * (number % 50) + "\nsecond line" for number in range(300)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    source = SourceConfig(name="s", paths=[str(tmp_path)], documents="paragraph")
+    chunks = list(inputs.chunks(source, inputs.find_inputs(source)))
+    assert len(chunks) > 5
+    assert documents_of(chunks) == paragraphs
+
+
+def test_one_source_may_hold_files_of_several_kinds(tmp_path):
+    first, second = texts(30, 1), texts(30, 2)
+    places = [write_kind(tmp_path / "a", "text", first), write_kind(tmp_path / "b", "parquet", second)]
+    source = SourceConfig(name="s", paths=places)
+    assert documents_of(inputs.chunks(source, inputs.find_inputs(source))) == first + second
+
+
+def test_a_function_that_yields_something_else_on_resuming_is_refused(tmp_path):
+    documents = texts(80)
+    source = source_of(tmp_path, "function", documents)
+    found = inputs.find_inputs(source)
+    middle = list(inputs.chunks(source, found))[2]
+    write_kind(tmp_path, "function", ["changed", *documents[1:]])
+    with pytest.raises(UserError, match="must yield the same each time"):
+        list(inputs.chunks(source, found, middle.end, middle.digest))
+    write_kind(tmp_path, "function", documents[:3])
+    with pytest.raises(UserError, match="must yield the same each time"):
+        list(inputs.chunks(source, found, middle.end, middle.digest))
+
+
+def test_fingerprints_tell_changed_files_apart(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(300_000))
+    before = inputs.fingerprint(path)
+    for place in (0, 150_000, 299_999):
+        data = bytearray(300_000)
+        data[place] = 1
+        path.write_bytes(data)
+        assert inputs.fingerprint(path) != before
+    path.write_bytes(bytes(300_001))
+    assert inputs.fingerprint(path) != before
+
+
+def test_patterns_are_taken_in_order_files_sorted_and_none_twice(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "notes.xyz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    source = SourceConfig(name="s", paths=[str(tmp_path / "sub/*.jsonl"), str(tmp_path / "**/*.jsonl"), str(tmp_path)])
+    assert [file.path.removeprefix(f"{tmp_path}/") for file in inputs.find_inputs(source)] == ["sub/c.jsonl", "a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"paths": ["nowhere/*.jsonl"]}, "matches no file"),
+        ({"paths": [__file__]}, "no known suffix"),
+        ({"function": "no.such.module:f"}, "cannot be loaded"),
+        ({"function": "json:nothing"}, "cannot be loaded"),
+        ({"function": "json"}, "must read package.module:function"),
+        ({"function": "missing.py:f"}, "cannot be loaded"),
+    ],
+)
+def test_inputs_that_are_not_there_are_refused_by_name(given, words):
+    with pytest.raises(UserError, match=words):
+        inputs.find_inputs(SourceConfig(name="s", **given))
+
+
+def test_parquet_without_the_column_or_with_numbers_in_it_is_refused(tmp_path):
+    path = write_kind(tmp_path, "parquet", texts(5))
+    for column, words in (("missing", "has no column 'missing'; it has id, text"), ("id", "holds int64, not text")):
+        source = SourceConfig(name="s", paths=[path], column=column)
+        with pytest.raises(UserError, match=words):
+            list(inputs.chunks(source, inputs.find_inputs(source)))
+
+
+def test_parquet_columns_join_by_format_and_nulls_are_bad(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"q": ["a", None, "c"], "a": ["1", "2", "3"]}), tmp_path / "x.parquet")
+    source = SourceConfig(name="s", paths=[str(tmp_path)], format="{q}\n{a}")
+    (chunk,) = inputs.chunks(source, inputs.find_inputs(source))
+    found = read_chunk(chunk.kind, chunk.payload, Extract("text", source.format, 5))
+    assert found.texts == ["a\n1", "c\n3"]
+    assert found.reasons == {"column 'q' is null, not text": 1}
