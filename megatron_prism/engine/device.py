@@ -179,6 +179,9 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_factories() -> None:
+    # `with torch.device("meta")` knows factories by identity, from a list that it makes at first use: were that list made of our wrappers,
+    # transformers would fill rotary frequencies with uninitialised memory
+    torch.utils._device._device_constructors()
     names = "tensor zeros ones empty full arange rand randn randint empty_like zeros_like ones_like full_like"
     for name in names.split():
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -73,8 +73,12 @@ def export_hf(checkpoint: Path, output: Path, dtype: str | None = None, max_shar
     here differs from the one it declares. config.json is written last: without it nothing loads the folder.
     Errors: UserError for a checkpoint that is half-written, lacks a tensor, or has one of another shape.
     """
+    return write_hf(resolve(checkpoint), output, dtype, max_shard_bytes)
+
+
+def write_hf(folder: Path, output: Path, dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
+    """`export_hf` of one checkpoint folder, whether its COMPLETE mark is there yet or not."""
     wanted = _dtype(dtype)
-    folder = resolve(checkpoint)
     family, model = families.load(folder / HF)
     reader = sharded.Reader(folder / SHARDED)
     names = MegatronNames(reader, family, model)
