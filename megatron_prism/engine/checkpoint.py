@@ -25,8 +25,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from pydantic import BaseModel
 
 from megatron_prism import artifact
-from megatron_prism.engine.mcore import OPTIMIZER_FORMAT, load_sharded, save_sharded
+from megatron_prism.engine.mcore import load_sharded, save_sharded
 from megatron_prism.engine.model import unwrap
+from megatron_prism.engine.optimizer_state import OptimizerState
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.step import Engine
 from megatron_prism.errors import UserError
@@ -91,7 +92,9 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
         (folder / SHARDED).mkdir()
         artifact.write_atomic(folder / STATE, json.dumps(_state(progress, engine.mesh), indent=2) + "\n")
     dist.barrier()
-    save_sharded(_sharded_state(engine, is_loading=False), folder / SHARDED)
+    model = _model_state(engine)
+    optimizer = {"groups": engine.optimizer.state_dict(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
+    save_sharded({**model, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}, folder / SHARDED)
     if dist.get_rank() == 0:
         artifact.complete(folder)
     dist.barrier()
@@ -100,8 +103,7 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
 
 def load_weights(engine: Engine, checkpoint: Path) -> None:
     """Load the model alone, from any layout, and take it as the optimizer's new starting point."""
-    state = _model_state(engine, is_loading=True)
-    _put_weights(engine, load_sharded(state, checkpoint / SHARDED))
+    _put_weights(engine, load_sharded(_model_state(engine), checkpoint / SHARDED))
     engine.optimizer.reload_model_params()
 
 
@@ -111,11 +113,15 @@ def load_all(engine: Engine, checkpoint: Path) -> Progress:
     same_layout = saved["layout"] == _layout(engine.mesh)
     if not same_layout and dist.get_rank() == 0:
         logger.info("%s was saved by another layout (%s): random number states start anew", checkpoint, saved["layout"])
-    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+    for part in engine.optimizer.chained_optimizers:
         part._init_optimizer_states_with_dummy_values()
-    state = load_sharded(_sharded_state(engine, is_loading=True, rng=same_layout), checkpoint / SHARDED)
+    model = _model_state(engine)
+    optimizer = OptimizerState(engine.optimizer, model, loading=True)
+    rng = {"rng": _rng_object(engine.mesh)} if same_layout else {}
+    state = load_sharded({**model, "optimizer": {"state": optimizer.tensors}, **rng}, checkpoint / SHARDED)
     _put_weights(engine, state)
-    engine.optimizer.load_state_dict(state["optimizer"])
+    engine.optimizer.load_state_dict(state["optimizer"]["groups"])
+    optimizer.apply(state["optimizer"]["state"])
     if same_layout:
         _put_rng(state["rng"])
     return Progress(**saved["progress"])
@@ -189,22 +195,14 @@ def _layout(mesh: Mesh) -> dict[str, Any]:
     return {"tp": plan.tp, "pp": plan.pp, "vpp": plan.vpp, "cp": plan.cp, "dp": plan.dp, "sp": plan.sp}
 
 
-def _model_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
-    metadata = {**OPTIMIZER_FORMAT, "dp_cp_group": engine.mesh.groups.dp_cp}
+def _model_state(engine: Engine) -> dict[str, Any]:
+    metadata = {"dp_cp_group": engine.mesh.groups.dp_cp}
     names = ["model"] if len(engine.model) == 1 else [f"model{index}" for index in range(len(engine.model))]
     states = {}
     for name, chunk in zip(names, engine.model, strict=True):
         state = unwrap(chunk).sharded_state_dict(metadata=metadata)
         states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
     return states
-
-
-def _sharded_state(engine: Engine, is_loading: bool, rng: bool = True) -> dict[str, Any]:
-    state = _model_state(engine, is_loading)
-    state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
-    if rng:
-        state["rng"] = _rng_object(engine.mesh)
-    return state
 
 
 def _put_weights(engine: Engine, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Samples become micro-batches: which tokens each data-parallel rank sees at each step, read from the shards through megatron-core's IndexedDataset.
 
-Sample i of a run is a function of the blend, the seed and i alone (`data_prep.sampler`). Step t takes samples [t * global_batch, (t + 1) * global_batch);
-micro-batch m of data-parallel rank r takes the (m * dp + r)-th group of micro_batch samples of these. Every rank of one data-parallel rank reads
-the same samples; nothing is broadcast.
+Sample i of a run is a function of the blend, the seed and i alone (`data_prep.sampler`). Step t takes samples t * global_batch to
+(t + 1) * global_batch; micro-batch m of data-parallel rank r takes the (m * dp + r)-th group of micro_batch samples of these. All ranks with one
+data-parallel rank read the same samples; nothing is broadcast.
 """
 
 from collections.abc import Iterator

@@ -29,7 +29,7 @@ from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import cost
 
 
-class TrainingDiverged(RuntimeError):
+class DivergenceError(RuntimeError):
     """The loss or the gradient norm is no longer a number; the newest checkpoint is from before."""
 
 
@@ -66,7 +66,6 @@ def train(cfg: TrainConfig) -> Path:
     finally:
         run.log.close()
         signal.signal(signal.SIGTERM, previous)
-        parallel.stop()
     return cfg.output
 
 
@@ -103,7 +102,7 @@ def build_run(cfg: TrainConfig) -> Run:
     mesh = parallel.build_mesh(plan, cfg.seed)
     if mesh.rank == 0:
         artifact.begin(cfg.output, "train", cfg, recipe.parents(cfg))
-    options = BuildOptions(precision=cfg.precision, recompute=cfg.recompute, layers=cfg.layers)
+    options = BuildOptions(precision=cfg.precision, recompute=cfg.recompute, layers=cfg.layers, hidden_dropout=cfg.hidden_dropout)
     model = wrap_model(build(model_config, mesh, options, place), mesh, overlap=place.type == "cuda")
     engine = Engine(model, build_optimizer(model, cfg.optimizer, cfg.precision == "bf16"), mesh, place)
     blend = load_blend(cfg.data.blend)
@@ -155,7 +154,7 @@ def _step(run: Run) -> StepReport:
     stop = run.is_main and (run.stop_asked or _out_of_time(run))
     report = train_step(run.engine, run.data, progress.samples, lr, cfg.optimizer.weight_decay, signal=int(stop))
     if not torch.isfinite(report.by_source).all() or not report.grad_norm < float("inf"):
-        raise TrainingDiverged(
+        raise DivergenceError(
             f"step {progress.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}; samples {progress.samples} to "
             f"{progress.samples + cfg.global_batch - 1}. Nothing of this step was saved; lower optimizer.lr or look at these samples"
         )

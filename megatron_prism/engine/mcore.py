@@ -9,10 +9,6 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import OptimizerConfig
 
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
-"""The optimizer state in the model's own tensor shapes, so that any layout can read it. Gathered on one data-parallel rank at a time: the
-default gathers it on every rank (96 GB each for 8B parameters)."""
-
 
 def save_sharded(state: dict[str, Any], folder: Path) -> None:
     """Write a torch_dist checkpoint from all ranks; returns when every byte is on disk. 0.19 writes through NVRx unless told otherwise.

@@ -99,7 +99,8 @@ def _tensorboard(run: Path, name: str, settings: Metrics) -> Writer:
 
     def write(record: Metrics | None) -> None:
         if record is None:
-            return events.close()
+            events.close()
+            return
         for key, value in _numbers(record).items():
             events.add_scalar(key, value, record["step"])
 
@@ -113,7 +114,8 @@ def _wandb(run: Path, project: str, settings: Metrics) -> Writer:
 
     def write(record: Metrics | None) -> None:
         if record is None:
-            return session.finish()
+            session.finish()
+            return
         session.log(_numbers(record), step=record["step"])
 
     return write
@@ -128,7 +130,8 @@ def _mlflow(run: Path, experiment: str, settings: Metrics) -> Writer:
 
     def write(record: Metrics | None) -> None:
         if record is None:
-            return mlflow.end_run()
+            mlflow.end_run()
+            return
         mlflow.log_metrics({key.replace("/", "."): value for key, value in _numbers(record).items()}, step=record["step"])
 
     return write

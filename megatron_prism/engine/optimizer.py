@@ -52,12 +52,11 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
     if model[0].ddp_config.overlap_grad_reduce:
-        config = model[0].config
-        no_sync: Any = [chunk.no_sync for chunk in model]
-        config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
-        if len(model) > 1:
-            start: Any = [chunk.start_grad_sync for chunk in model]
-            config.grad_sync_func = start
+        schedule: Any = model[0].config
+        several = len(model) > 1
+        schedule.no_sync_func = [chunk.no_sync for chunk in model] if several else model[0].no_sync
+        if several:
+            schedule.grad_sync_func = [chunk.start_grad_sync for chunk in model]
     return optimizer
 
 

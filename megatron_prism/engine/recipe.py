@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_prism import artifact, families
-from megatron_prism.config import Block, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
+from megatron_prism.config import Block, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.errors import UserError
@@ -92,9 +92,12 @@ class TrainConfig(Block):
     """bf16: weights and activations in bf16, master weights, gradients and moments in fp32"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations recomputed in the backward pass: selective: attention's; full: every layer's"""
+    hidden_dropout: Fraction = 0.0
+    """dropout on the embedding and on each residual branch"""
     seed: NonNegative = 1234
     """of random weights and dropout; the order of samples follows the blend's own seed"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where torch sees a device, the CPU elsewhere"""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """auto: TransformerEngine's on CUDA where installed, ours elsewhere"""
     time_limit_minutes: PositiveFloat | None = None

@@ -53,7 +53,10 @@ def cosine(progress: float, final: float) -> float:
 
 
 def exponential(progress: float, final: float) -> float:
-    """a * exp(-progress) + b through (0, 1) and (1, final), with a = (1 - final) e / (e - 1): PRISM's 128k stage uses it with final = 0 (Table 17)."""
+    """a * exp(-progress) + b through (0, 1) and (1, final), with a = (1 - final) e / (e - 1).
+
+    The shape of PRISM's 128k stage, there with final = 0 (Table 17).
+    """
     scale = (1.0 - final) * math.e / (math.e - 1.0)
     return scale * math.exp(-progress) + (final * math.e - 1.0) / (math.e - 1.0)
 

@@ -25,6 +25,9 @@ def dry_run(cfg: TrainConfig) -> None:
 def run(cfg: TrainConfig) -> Path:
     """Train, on every rank of the launch; returns the run's folder."""
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
-    from megatron_prism.engine.loop import train
+    from megatron_prism.engine import loop, parallel
 
-    return train(cfg)
+    try:
+        return loop.train(cfg)
+    finally:
+        parallel.stop()

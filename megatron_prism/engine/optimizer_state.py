@@ -1,0 +1,130 @@
+"""The distributed optimizer's state as sharded tensors: each rank saves and loads just the slices that it owns, and any layout can read them.
+
+The distributed optimizer cuts the flat run of all weights evenly over the data-parallel ranks, so a rank owns a flat range [start, stop) of a
+weight. Such a range of an n-dimensional tensor is a few boxes (part of a row, whole rows, part of a row), and a box is what torch_dist stores.
+Stored are the global tensors `optimizer.state.{param, exp_avg, exp_avg_sq}.<model key>`, in the model's own shapes, as megatron-core's
+"fully_reshardable" format stores them. That format itself is not used, for two reasons (megatron-core 0.16.1): it gathers the whole state on one
+rank or on all (96 GB for 8B parameters), and it counts offsets without the padding between gradient buckets (distrib_optimizer.py:977 against
+param_and_grad_buffer.py:638), so that a model whose first bucket is padded is saved shifted, with no more than a warning: a tied embedding under
+pipeline parallelism is such a bucket.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+"""fp32 master weight, first and second moment."""
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and size of an n-dimensional slice."""
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The flat range [start, stop) of a tensor of `shape`, cut into boxes; in flat order, each contiguous."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:  # inside one row
+        yield from _in_row(shape, last, start - last * row, stop - last * row)
+        return
+    if first * row > start:
+        yield from _in_row(shape, first - 1, start - (first - 1) * row, row)
+    if last > first:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    if stop > last * row:
+        yield from _in_row(shape, last, 0, stop - last * row)
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Box]:
+    for offset, size in boxes(shape[1:], start, stop):
+        yield (index, *offset), (1, *size)
+
+
+def own_state(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, torch.nn.Parameter, int, int]]:
+    """(distributed optimizer, weight, start, stop) for each weight of which this rank owns the flat range [start, stop)."""
+    for part in optimizer.chained_optimizers:
+        ranges = itertools.chain.from_iterable(by_dtype.values() for by_dtype in part.gbuf_ranges)
+        for bucket in itertools.chain.from_iterable(ranges):
+            for weight, place in bucket["param_map"].items():
+                yield part, weight, place["param"].start, place["param"].end
+
+
+def sharded_slices(
+    weight: torch.nn.Parameter, metadata: ShardedTensor | ShardedTensorFactory, start: int, stop: int
+) -> Iterator[tuple[ShardedTensor, int, int]]:
+    """The boxes of a weight's flat range: (sharded tensor without data, start and stop in the weight).
+
+    A factory (gate and up projection in one weight) stores several tensors, each a contiguous part of the weight.
+    """
+    parts = list(nested_values(metadata.build())) if isinstance(metadata, ShardedTensorFactory) else [metadata]
+    for part in parts:
+        begin = part.data.storage_offset() - weight.storage_offset()
+        inside_start, inside_stop = max(start - begin, 0), min(stop - begin, part.data.numel())
+        done = begin + inside_start
+        for offset, size in boxes(part.local_shape, inside_start, inside_stop):
+            length = math.prod(size)
+            yield _box_of(part, offset, size), done, done + length
+            done += length
+
+
+def _box_of(part: ShardedTensor, offset: tuple[int, ...], size: tuple[int, ...]) -> ShardedTensor:
+    """One box of a stored tensor. axis_fragmentations=None: an uneven cut, whose cover of the whole torch checks at save."""
+    leading = part.prepend_axis_num
+    place = (*part.global_offset[:leading], *(a + b for a, b in zip(part.global_offset[leading:], offset, strict=True)))
+    return replace(
+        part,
+        data=None,
+        dtype=torch.float32,
+        local_shape=(*(1 for _ in range(leading)), *size),
+        global_offset=place,
+        axis_fragmentations=None,
+        prepend_axis_num=0,
+        # copies over tensor- and pipeline-parallel ranks stay copies; over data-parallel ranks each holds another part
+        replica_id=(*part.replica_id[:2], 0),
+    )
+
+
+class OptimizerState:
+    """The optimizer's state of this rank, in a form that megatron-core's dist_checkpointing saves, or fills."""
+
+    def __init__(self, optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> None:
+        by_weight = {id(item.data): item for item in nested_values(model_state)}
+        self.tensors: dict[str, ShardedTensor] = {}
+        self._loaded: list[tuple[Any, torch.nn.Parameter, dict[str, Tensor]]] = []
+        for part, weight, start, stop in own_state(optimizer):
+            state = part._get_main_param_and_optimizer_states(weight)
+            tensors = {name: torch.empty_like(state[name]) if loading else state[name].detach() for name in STATES}
+            if loading:
+                self._loaded.append((part, weight, tensors))
+            self._add(weight, by_weight[id(weight)], tensors, start, stop)
+
+    def _add(self, weight: torch.nn.Parameter, metadata: Any, tensors: dict[str, Tensor], start: int, stop: int) -> None:
+        for slice_, begin, end in sharded_slices(weight, metadata, start, stop):
+            for name, tensor in tensors.items():
+                data = tensor.view(-1)[begin - start : end - start].view(slice_.local_shape)
+                key = f"optimizer.state.{name}.{slice_.key}"
+                self.tensors[f"{key} {slice_.global_offset}"] = replace(slice_, key=key, data=data)
+
+    @torch.no_grad()
+    def apply(self, loaded: dict[str, Tensor]) -> None:
+        """Hand loaded slices to the optimizer: its master weights and moments."""
+        for name, tensor in loaded.items():
+            data = self.tensors[name].data
+            assert data is not None
+            if data.data_ptr() != tensor.data_ptr():
+                data.copy_(tensor)
+        for part, weight, tensors in self._loaded:
+            part._set_main_param_and_optimizer_states(weight, tensors)

@@ -1,0 +1,82 @@
+"""Started on N ranks by the laws: trains a few steps under each case of a JSON file, all from one checkpoint, in one launch.
+
+    layout_runs.py CASES.json
+    CASES: {"common": ["key=value", ...], "cases": {"name": {"set": ["parallel.tp=2", ...], "fault": null}}}
+
+Metrics lie in each case's own output folder. A fault plants a defect for the length of its case: the laws must turn red under it.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_prism.config import load_recipe
+from megatron_prism.engine import checkpoint, loop, loss, parallel, step
+from megatron_prism.engine.data import MicroBatch
+from megatron_prism.engine.model import LanguageModel
+from megatron_prism.engine.recipe import TrainConfig
+
+
+def mean_of_means(batch: MicroBatch, num_sources: int) -> loss.LossParts:
+    """Each micro-batch's own mean, weighed alike."""
+    right = loss.masked_loss(batch, num_sources)
+
+    def reduce(loss_bs: Tensor) -> loss.LossParts:
+        total, tokens, report = right(loss_bs)
+        return total / tokens, torch.ones_like(tokens), report
+
+    return reduce
+
+
+def load_with_one_step_tensor(engine: step.Engine, folder: Path) -> checkpoint.Progress:
+    """As megatron-core leaves torch's Adam after a load: all weights count their steps in one tensor."""
+    progress = LOAD_ALL(engine, folder)
+    for part in engine.optimizer.chained_optimizers:
+        states = list(part.optimizer.state.values())
+        for state in states:
+            state["step"] = states[0]["step"]
+    return progress
+
+
+LOAD_ALL = checkpoint.load_all
+
+
+@contextlib.contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    """One defect, by name."""
+    patches = {
+        None: contextlib.nullcontext(),
+        # the gradients of norm weights, each rank seeing its part of the sequence, are no longer summed over tensor-parallel ranks
+        "no_sequence_parallel_reduction": mock.patch(
+            "megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads", lambda *args, **kwargs: None
+        ),
+        # the two ends of the pipeline update their copies of a tied embedding from their own gradients alone
+        "no_embedding_reduction": mock.patch(
+            "megatron.core.distributed.finalize_model_grads._allreduce_word_embedding_grads", lambda *args, **kwargs: None
+        ),
+        "shared_adam_step": mock.patch.object(checkpoint, "load_all", load_with_one_step_tensor),
+        "mean_of_micro_batch_means": mock.patch.object(step, "masked_loss", mean_of_means),
+        "padded_rows_in_softmax": mock.patch.object(LanguageModel, "compute_language_model_loss", GPTModel.compute_language_model_loss),
+    }
+    with patches[fault]:
+        yield
+
+
+def main() -> None:
+    """Run every case in turn; groups are rebuilt for each."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    for case in plan["cases"].values():
+        with planted(case.get("fault")):
+            loop.train(load_recipe(None, [*plan["common"], *case["set"]], TrainConfig))
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()
