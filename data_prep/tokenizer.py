@@ -55,6 +55,7 @@ def hide_torch() -> None:
 
 
 def _prepare(source: Path, target: Path, end_of_document: str | None) -> Tokenizer:
+    target.mkdir(parents=True, exist_ok=True)
     if source.is_file() and source.suffix == ".model":
         sentencepiece_model.load(source).save_pretrained(target)
     else:

@@ -148,6 +148,8 @@ def _spelled_out(config: BaseModel) -> dict[str, Any]:
     table: dict[str, Any] = {}
     plain = json.loads(config.model_dump_json())
     for name, field in type(config).model_fields.items():
+        if field.exclude:  # a matter of the machine, not of the result
+            continue
         value = getattr(config, name)
         if value is None:
             if field.is_required() or field.get_default(call_default_factory=False) is not None:
