@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import tomli_w
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megatron_prism.config import (
     Block,
@@ -182,6 +182,15 @@ def test_the_hash_tells_configs_apart_and_not_how_they_were_written(tmp_path: Pa
     spelled = load_recipe(_recipe(tmp_path, "output = 'a'\nseed = 0\n[train]\nsteps = 100\n"), [], Recipe)
     assert config_hash(spelled) == config_hash(validate({"output": "a"}, Recipe, "test"))
     assert config_hash(spelled) != config_hash(validate({"output": "a", "seed": 1}, Recipe, "test"))
+
+
+def test_a_key_that_is_a_matter_of_the_machine_is_no_part_of_the_request() -> None:
+    class Machine(Block):
+        output: Path
+        workers: int | None = Field(default=None, exclude=True)
+
+    one, two = Machine(output=Path("a"), workers=1), Machine(output=Path("a"), workers=2)
+    assert config_hash(one) == config_hash(two) and to_toml(one) == to_toml(two) == 'output = "a"\n'
 
 
 def test_differences_name_each_key_with_both_values() -> None:
