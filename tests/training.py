@@ -61,7 +61,7 @@ def recipe(root: Path, output: Path, **settings: Any) -> list[str]:
         "log.interval": 1,
     }
     values |= {key.replace("__", "."): value for key, value in settings.items()}
-    return [f"{key}={json.dumps(value) if isinstance(value, bool | str) else value}" for key, value in values.items()]
+    return [f"{key}={'none' if value is None else json.dumps(value)}" for key, value in values.items()]
 
 
 def from_random(root: Path, **changes: Any) -> dict[str, str]:

@@ -25,7 +25,7 @@ from megatron_prism.families.model_config import ModelConfig
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["selective", "full"] | None
 Layers = Literal["auto", "local", "transformer_engine"]
 
 
@@ -34,7 +34,7 @@ class BuildOptions:
     """What a run chooses about a model beyond its config and layout."""
 
     precision: Precision = "fp32"
-    recompute: Recompute = "none"
+    recompute: Recompute = None
     layers: Layers = "auto"
     hidden_dropout: float = 0.0
 

@@ -90,7 +90,7 @@ class TrainConfig(Block):
     """sequences in one forward pass of one rank"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: weights and activations in bf16, master weights, gradients and moments in fp32"""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["selective", "full"] | None = None
     """activations recomputed in the backward pass: selective: attention's; full: every layer's"""
     hidden_dropout: Fraction = 0.0
     """dropout on the embedding and on each residual branch"""

@@ -54,7 +54,7 @@ def flops_per_token(model: ModelConfig, seq_len: int, causal: bool = True) -> fl
     return 3.0 * 2.0 * (model.num_layers * (matmuls + attention) + hidden * model.vocab_size)
 
 
-def memory(model: ModelConfig, plan: ParallelPlan, seq_len: int, bf16: bool, recompute: str) -> MemoryPlan:
+def memory(model: ModelConfig, plan: ParallelPlan, seq_len: int, bf16: bool, recompute: str | None) -> MemoryPlan:
     """Bytes on the fullest rank: weights, fp32 gradients, the distributed optimizer's share, and an estimate of activations.
 
     Activations: sequence * batch * hidden * layer bytes as in Korthikanti et al. 2022 (arXiv 2205.05198, Eq. 1 to 4 with flash attention:
@@ -73,7 +73,7 @@ def memory(model: ModelConfig, plan: ParallelPlan, seq_len: int, bf16: bool, rec
     return MemoryPlan(weights * size, weights * 4, weights * per_weight // (plan.dp * plan.cp), activations + logits)
 
 
-def _activation_values(model: ModelConfig, plan: ParallelPlan, recompute: str) -> int:
+def _activation_values(model: ModelConfig, plan: ParallelPlan, recompute: str | None) -> int:
     """Values that one layer keeps per token on one rank: norms and residuals, then what tensor parallelism cuts."""
     shared = plan.tp if plan.sp else 1
     if recompute == "full":
@@ -88,7 +88,7 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_BF16_TFLOPS.items() if device_name.startswith(name)), None)
 
 
-def describe_run(model: ModelConfig, plan: ParallelPlan, steps: int, global_batch: int, seq_len: int, bf16: bool, recompute: str) -> str:
+def describe_run(model: ModelConfig, plan: ParallelPlan, steps: int, global_batch: int, seq_len: int, bf16: bool, recompute: str | None) -> str:
     """The dry run's text: mesh, parameters, bytes per rank by kind, tokens, FLOPs in both conventions."""
     tokens = steps * global_batch * seq_len
     need = memory(model, plan, seq_len, bf16, recompute)
