@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from training import VOCAB_SIZE, from_random, metrics, recipe
 from tiny_blend import write_tiny_blend
+from training import VOCAB_SIZE, from_random, metrics, recipe
 
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe
@@ -20,15 +20,13 @@ from megatron_prism.engine import checkpoint, loop, parallel, step
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
 
-
 SETTINGS = {
     "steps": 6,
     "checkpoint__save_interval": 2,
-    "checkpoint__keep_last": 3,
+    "checkpoint__keep_last": None,
     "validation__interval": 3,
     "validation__batches": 2,
     "log__tensorboard": True,
-    "optimizer__clip_grad": None,
 }
 
 
