@@ -86,6 +86,8 @@ def test_the_keys_of_every_stage_are_listed_with_their_meaning(stage: str) -> No
         (["stage", "json.decoder", "output=x"], "stage json.decoder: json.decoder lacks Config, run, dry_run, parents"),
         (["run", "gone.toml"], "gone.toml does not exist"),
         (["convert", "import", "only-one"], "Missing argument 'OUT'"),
+        (["convert", "direction=import", "tpp=2"], "unknown key tpp; did you mean tp?"),
+        (["convert", "import", "a", "b", "--tp", "0"], "tp=0: input should be greater than 0"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(words: list[str], message: str, tmp_path: Path) -> None:
