@@ -3,6 +3,7 @@
 Both run on the CPU in fp32, one after the other, so memory holds one model at a time (4 bytes a parameter). One process, world of one.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def verify(checkpoint: Path, hf_dir: Path, through: torch.dtype | None = None) -
     """
     _, model = families.load(hf_dir)
     ids = token_ids(model.vocab_size, model.max_position_embeddings)
-    found = difference(our_logits(checkpoint, ids, through), transformers_logits(hf_dir, ids, through))
+    with warnings.catch_warnings():  # megatron-core calls what torch has deprecated
+        warnings.simplefilter("ignore")
+        found = difference(our_logits(checkpoint, ids, through), transformers_logits(hf_dir, ids, through))
     if not found.relative <= MAX_RELATIVE:
         raise UserError(
             f"{found}; at most {MAX_RELATIVE:g} relative is allowed: {checkpoint} is not the same model as {hf_dir}. "
@@ -84,7 +87,9 @@ def our_logits(checkpoint: Path, ids_bs: Tensor, through: torch.dtype | None = N
 def transformers_logits(hf_dir: Path, ids_bs: Tensor, through: torch.dtype | None = None) -> Tensor:
     """fp32 logits [b, s, vocab] of a Hugging Face folder under transformers."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
     _round(model, through)
     with torch.no_grad():
