@@ -1,0 +1,51 @@
+"""From a path to a Hugging Face folder that a backend can load: a folder as it is, a checkpoint, or a finished training run.
+
+Owns: telling them apart, exporting into a temporary folder. Refuses: what is none of them, and whatever is not finished.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_prism import artifact
+from megatron_prism.errors import UserError
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder holds config.json and safetensors weights."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def find_model(path: Path) -> Path:
+    """The Hugging Face folder or the checkpoint folder that a path stands for.
+
+    A training run stands for its export (RUN/hf), else for its newest checkpoint. Errors: UserError for anything else, or unfinished.
+    """
+    if not path.is_dir():
+        raise UserError(f"model path {path} is no folder; give a Hugging Face folder, a checkpoint or a finished training run")
+    if (path / artifact.PROVENANCE).is_file() or (path / "checkpoints").is_dir():
+        artifact.require(path)
+    if is_hf_folder(path) or (path / "sharded").is_dir():
+        return path
+    if is_hf_folder(path / "hf"):
+        return path / "hf"
+    steps = sorted(step for step in (path / "checkpoints").glob("step_*") if artifact.is_complete(step))
+    if not steps:
+        raise UserError(f"{path} holds no model: neither config.json with *.safetensors, nor sharded/, nor a complete checkpoints/step_*")
+    return steps[-1]
+
+
+@contextmanager
+def hf_folder(path: Path) -> Iterator[Path]:
+    """The model as a Hugging Face folder; an export of a checkpoint is removed at the end."""
+    found = find_model(path)
+    if is_hf_folder(found):
+        yield found
+        return
+    from megatron_prism.engine.weights import export_hf
+
+    with tempfile.TemporaryDirectory(prefix="prism-evaluate-") as temporary:
+        exported = Path(temporary) / "hf"
+        export_hf(found, exported, None)
+        yield exported

@@ -1,0 +1,152 @@
+"""The evaluation stage, end to end on tiny real models: a folder of scores, side by side, from every kind of model path."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_hf import make_tiny_model
+from tiny_shards import DOCUMENTS
+
+from megatron_prism import artifact
+from megatron_prism.config import validate
+from megatron_prism.errors import UserError
+from megatron_prism.evals.models import find_model
+from megatron_prism.stages import evaluate, prep
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny models `one` and `two` with one tokenizer, a prep output `data` and a task file `sums.toml`."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(("one", "two")):
+        make_tiny_model(folder / name, seed=seed)
+    for domain in ("prose", "code"):
+        lines = [json.dumps({"text": f"{domain} {number}: {text}"}) for number in range(8) for text in DOCUMENTS]
+        (folder / f"{domain}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = [{"name": name, "domain": name, "weight": 1.0, "paths": [str(folder / f"{name}.jsonl")]} for name in ("prose", "code")]
+    recipe = {"output": str(folder / "data"), "tokenizer": str(folder / "one"), "source": sources, "validation_fraction": 0.3, "workers": 1}
+    prep.run(validate(recipe, prep.Config, where="test"))
+    (folder / "sums.toml").write_text('name = "sums"\ndomain = "math"\ndataset = "chain_sum"\nnum_questions = 6\nmax_new_tokens = 8\n')
+    return folder
+
+
+def _recipe(place: Path, output: str, **changes: object) -> dict[str, object]:
+    models = [{"name": name, "path": str(place / name)} for name in ("one", "two")]
+    blocks = {"perplexity": {"blend": str(place / "data"), "seq_len": 16, "batch_size": 4}, "tasks": {"names": [str(place / "sums.toml")]}}
+    return {"output": str(place / output), "models": models, **blocks, **changes}
+
+
+def _run(place: Path, output: str, **changes: object) -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
+    folder = evaluate.run(validate(_recipe(place, output, **changes), evaluate.Config, where="test"))
+    artifact.require(folder, "evaluate")
+    return json.loads((folder / "scores.json").read_text())["models"]
+
+
+def test_scores_of_two_models_side_by_side(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = _run(place, "scores")
+    assert list(scores) == ["one", "two"]
+    for figures in scores.values():
+        assert list(figures["perplexity"]["domains"]) == ["prose", "code"]
+        for domain in figures["perplexity"]["domains"].values():
+            assert domain["perplexity"] == pytest.approx(math.exp(domain["nll"] / domain["tokens"]))
+            assert domain["bits_per_byte"] == pytest.approx(domain["nll"] / math.log(2) / domain["bytes"])
+        assert figures["tasks"]["sums"]["num_questions"] == 6
+    assert scores["one"]["perplexity"] != scores["two"]["perplexity"]
+    printed = capsys.readouterr().out
+    assert "one" in printed
+    assert "sums: accuracy" in printed
+    assert "±" in printed
+    table = (place / "scores" / "table.md").read_text()
+    assert table.startswith("|  | one | two |\n| --- | ---: | ---: |\n| prose: perplexity |")
+    lines = (place / "scores" / "generations" / "two" / "sums.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert {"id", "question", "text", "reason", "finish_reason"} <= json.loads(lines[0]).keys()
+
+
+def test_scores_do_not_depend_on_who_stands_beside_or_on_batches(place: Path) -> None:
+    both = _run(place, "both")
+    models = [{"name": "two", "path": str(place / "two")}]
+    alone = _run(place, "alone", models=models, generation={"batch_size": 1})
+    assert both["two"]["tasks"] == alone["two"]["tasks"]
+    assert both["two"]["perplexity"] == alone["two"]["perplexity"]
+
+
+def test_a_finished_evaluation_is_not_run_again(place: Path) -> None:
+    _run(place, "again")
+    before = (place / "again" / "scores.json").stat().st_mtime_ns
+    _run(place, "again")
+    assert (place / "again" / "scores.json").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_scores_as_the_model_it_was_made_from(place: Path) -> None:
+    from megatron_prism.stages import convert
+
+    recipe = {"direction": "import", "source": str(place / "one"), "output": str(place / "checkpoint")}
+    convert.run(validate(recipe, convert.Config, where="test"))
+    models = [{"name": "hf", "path": str(place / "one")}, {"name": "checkpoint", "path": str(place / "checkpoint")}]
+    scores = _run(place, "of_checkpoint", models=models)
+    assert scores["hf"]["perplexity"] == scores["checkpoint"]["perplexity"]
+    assert scores["hf"]["tasks"] == scores["checkpoint"]["tasks"]
+
+
+def test_sampled_evaluation_counts_every_completion(place: Path) -> None:
+    scores = _run(place, "sampled", perplexity=None, generation={"temperature": 1.0, "n": 3, "max_new_tokens": 5})
+    assert scores["one"]["tasks"]["sums"]["completions_per_question"] == 3
+    assert len((place / "sampled" / "generations" / "one" / "sums.jsonl").read_text().splitlines()) == 18
+
+
+def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", vocab_size=310)
+    recipe = _recipe(place, "refused", models=[{"name": "other", "path": str(other)}], tasks=None)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[20:22]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="prepare the held-out text with its tokenizer"):
+        evaluate.run(validate(recipe, evaluate.Config, where="test"))
+    assert not artifact.is_complete(place / "refused")
+
+
+def test_model_paths_are_told_apart(place: Path, tmp_path: Path) -> None:
+    assert find_model(place / "one") == place / "one"
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+    with pytest.raises(UserError, match="no COMPLETE mark"):
+        find_model(run)
+    with pytest.raises(UserError, match="is no folder"):
+        find_model(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no model"):
+        find_model(tmp_path.parent / tmp_path.name / "run" / "checkpoints" / "step_00000010")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perplexity": None, "tasks": None}, "nothing to evaluate"),
+        ({"models": []}, "models"),
+        ({"models": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "names of their own"),
+        ({"generation": {"n": 4}}, "would all be equal"),
+        ({"generation": {"top_p": 0}}, "top_p"),
+        ({"colour": 1}, "unknown key colour"),
+    ],
+)
+def test_bad_recipes_are_refused_before_anything_is_loaded(place: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(_recipe(place, "bad", **changes), evaluate.Config, where="test")
+
+
+def test_the_dry_run_says_what_would_be_scored(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.dry_run(validate(_recipe(place, "dry"), evaluate.Config, where="test"))
+    printed = capsys.readouterr().out
+    assert "perplexity on prose (prose):" in printed
+    assert "task sums: 6 questions, 1 completions each" in printed
+    assert not (place / "dry").exists()
+
+
+def test_importing_the_stage_does_not_import_torch() -> None:
+    script = "import sys, megatron_prism.stages.evaluate; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
