@@ -1,0 +1,230 @@
+"""Speed of data preparation beside raw `tokenizers` and Megatron-LM's tools/preprocess_data.py: same text, tokenizer and cores, runs interleaved.
+
+    python tests/benchmarks/data_prep.py --work FOLDER [--megatron-lm CHECKOUT] [--tokenizer HF_FOLDER] [--megabytes 60] [--workers 2] [--runs 3]
+
+Makes its own corpus (Python files and texts installed with the interpreter, repeated to size) and trains a 32k byte-level BPE unless one is given.
+    raw          encode_batch of all texts, already in memory, with as many threads as we have workers
+    raw fast     the same with encode_batch_fast, which leaves out character offsets
+    ours         JSON lines to finished, checksummed shards; from before the workers start to the last shard
+    megatron-lm  JSON lines to .bin/.idx; from when its pool is up to the last document, as it prints itself
+Rates are of UTF-8 text. Start-up (imports) is left out of all four; "whole command" has it for the last two. CPU seconds count every process and thread,
+less those of the same command on one document: where other work shares the cores they compare better than the clock.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CODE_PATTERNS = ("*.py", "*.md", "*.rst", "*.txt")
+BATCH_DOCUMENTS = 1000
+
+
+def main() -> None:
+    """Make corpus and tokenizer once, then measure in rounds."""
+    arguments = _arguments()
+    if arguments.measure:
+        print("RESULT " + json.dumps(MEASURES[arguments.measure](arguments)))
+        return
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    corpus = make_corpus(work / f"corpus_{arguments.megabytes}.jsonl", arguments.megabytes)
+    arguments.tokenizer = arguments.tokenizer or train_tokenizer(work / "tokenizer", corpus)
+    names = ["raw", "raw fast", "ours", *(["megatron-lm"] if arguments.megatron_lm else [])]
+    one = make_one_document(work / "one.jsonl", corpus)
+    start_up = {name: measure(name, arguments, one)["cpu"] for name in names if not name.startswith("raw")}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(arguments.runs):
+        for name in names:
+            found = measure(name, arguments, corpus)
+            results[name].append({**found, "cpu": round(found["cpu"] - start_up.get(name, 0.0), 2)})
+            print(f"run {number + 1}: {name}: {results[name][-1]}", flush=True)
+    report(results, corpus, arguments)
+
+
+def make_corpus(path: Path, megabytes: int) -> Path:
+    """JSON lines with the texts installed beside the interpreter, in a fixed order, repeated until they reach the size."""
+    if path.exists():
+        return path
+    roots = [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
+    files = sorted({file for root in roots for pattern in CODE_PATTERNS for file in root.rglob(pattern)})
+    size, documents, temporary = 0, 0, path.with_suffix(".tmp")
+    with temporary.open("w") as out:
+        while size < megabytes * 1_000_000:
+            for file in files:
+                try:
+                    text = file.read_text(encoding="utf-8")
+                except (UnicodeDecodeError, OSError):
+                    continue
+                if not 200 <= len(text) <= 200_000:
+                    continue
+                out.write(json.dumps({"text": text}) + "\n")
+                size, documents = size + len(text.encode()), documents + 1
+                if size >= megabytes * 1_000_000:
+                    break
+    temporary.replace(path)
+    return path
+
+
+def make_one_document(path: Path, corpus: Path) -> Path:
+    """The first line of the corpus alone."""
+    with corpus.open() as file:
+        path.write_text(file.readline())
+    return path
+
+
+def train_tokenizer(folder: Path, corpus: Path) -> Path:
+    """A 32k byte-level BPE as LLaMA 3 and Granite have them, trained on the first 8 MB."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if (folder / "tokenizer_config.json").exists():
+        return folder
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32_000, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(_texts(corpus, 8_000_000), trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}))
+    return folder
+
+
+def _texts(corpus: Path, limit: int | None = None) -> list[str]:
+    texts, size = [], 0
+    with corpus.open() as file:
+        for line in file:
+            texts.append(json.loads(line)["text"])
+            size += len(texts[-1])
+            if limit is not None and size >= limit:
+                break
+    return texts
+
+
+def measure(name: str, arguments: argparse.Namespace, corpus: Path) -> dict[str, float]:
+    """One measurement, in a process of its own. seconds, documents, tokens; cpu: seconds of all its processes; whole: of the command."""
+    if name == "megatron-lm":
+        return _run_megatron_lm(arguments, corpus)
+    threads = {"RAYON_NUM_THREADS": str(arguments.workers), "TOKENIZERS_PARALLELISM": "true"} if name.startswith("raw") else {}
+    given = {"--work": arguments.work, "--tokenizer": arguments.tokenizer, "--corpus": corpus, "--workers": arguments.workers, "--measure": name}
+    command = [sys.executable, __file__, *(str(word) for pair in given.items() for word in pair)]
+    done, clock = _run(command, threads)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
+    return {**clock, **json.loads(done.stdout.rpartition("RESULT ")[2])}
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple["subprocess.CompletedProcess[str]", dict[str, float]]:
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    whole, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done, {"whole": round(whole, 2), "cpu": round(cpu, 2)}
+
+
+def _raw(arguments: argparse.Namespace) -> dict[str, float]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
+    texts = _texts(arguments.corpus)
+    encode = tokenizer.encode_batch_fast if arguments.measure == "raw fast" else tokenizer.encode_batch
+    encode(texts[:100], add_special_tokens=False)
+    started, cpu, tokens = time.perf_counter(), time.process_time(), 0
+    for start in range(0, len(texts), BATCH_DOCUMENTS):
+        tokens += sum(map(len, encode(texts[start : start + BATCH_DOCUMENTS], add_special_tokens=False)))
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {"seconds": round(seconds, 3), "cpu": round(cpu, 2), "documents": len(texts), "tokens": tokens + len(texts)}
+
+
+def _ours(arguments: argparse.Namespace) -> dict[str, float]:
+    from megatron_prism.data_prep import prepare
+    from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
+
+    output = arguments.work / "ours"
+    shutil.rmtree(output, ignore_errors=True)
+    source = SourceConfig(name="corpus", paths=[str(arguments.corpus)])
+    config = PrepConfig(output=output, tokenizer=arguments.tokenizer, source=[source], workers=arguments.workers)
+    result = prepare.prepare(config)
+    prepare.finish(config)
+    (report,) = result.sources
+    return {"seconds": round(result.seconds, 3), "documents": report.documents, "tokens": report.tokens}
+
+
+MEASURES: dict[str, Any] = {"raw": _raw, "raw fast": _raw, "ours": _ours}
+
+
+def _run_megatron_lm(arguments: argparse.Namespace, corpus: Path) -> dict[str, float]:
+    """Its own script, unchanged, with its own megatron.core. Its last progress line gives documents per second since its pool was up."""
+    root = arguments.megatron_lm.resolve()
+    prefix = arguments.work / "megatron_lm"
+    documents = sum(1 for _ in corpus.open())
+    given = {"--input": corpus, "--output-prefix": prefix, "--tokenizer-type": "HuggingFaceTokenizer", "--tokenizer-model": arguments.tokenizer}
+    given |= {"--workers": arguments.workers, "--log-interval": documents}
+    command = [sys.executable, str(root / "tools/preprocess_data.py"), "--append-eod", *(str(word) for pair in given.items() for word in pair)]
+    done, clock = _run(command, {"PYTHONPATH": str(root)})
+    rate = re.search(rf"Processed {documents} documents \(([\d.]+) docs/s", done.stderr)
+    if done.returncode or rate is None:
+        raise SystemExit(f"megatron-lm failed:\n{done.stdout}\n{done.stderr[-3000:]}")
+    tokens = (prefix.parent / f"{prefix.name}_text_document.bin").stat().st_size // 2
+    return {**clock, "seconds": round(documents / float(rate[1]), 3), "documents": documents, "tokens": tokens}
+
+
+def report(results: dict[str, list[dict[str, float]]], corpus: Path, arguments: argparse.Namespace) -> None:
+    """Medians as a Markdown table, with the versions that made them."""
+    megabytes = sum(len(text.encode()) for text in _texts(corpus)) / 1e6
+    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in results.items()}
+    cpu = {name: statistics.median(run["cpu"] for run in runs) for name, runs in results.items()}
+    documents = results["ours"][0]["documents"]
+    print(f"\n{megabytes:.1f} MB of text, {documents:,} documents, {arguments.workers} workers, median of {arguments.runs} runs\n")
+    print("| | seconds | spread | MB/s | tokens/s | ours is faster by | CPU s | ours needs fewer by | whole command, s | tokens |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, runs in results.items():
+        spread = f"{min(run['seconds'] for run in runs):.1f}-{max(run['seconds'] for run in runs):.1f}"
+        whole = f"{statistics.median(run['whole'] for run in runs):.1f}" if not name.startswith("raw") else ""
+        tokens = runs[0]["tokens"]
+        rates = f"{megabytes / seconds[name]:.2f} | {tokens / seconds[name]:,.0f} | {seconds[name] / seconds['ours']:.2f}x"
+        print(f"| {name} | {seconds[name]:.2f} | {spread} | {rates} | {cpu[name]:.1f} | {cpu[name] / cpu['ours']:.2f}x | {whole} | {tokens:,.0f} |")
+    versions = {package: metadata.version(package) for package in ("tokenizers", "transformers", "numpy", "megatron-prism")}
+    print(
+        f"\nPython {platform.python_version()}, {versions}, Megatron-LM {_version(arguments.megatron_lm)}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def _version(checkout: Path | None) -> str:
+    if checkout is None:
+        return "not run"
+    found: dict[str, Any] = {}
+    exec((checkout / "megatron/core/package_info.py").read_text(), found)
+    return "core " + str(found["__version__"])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for corpus, tokenizer and outputs")
+    parser.add_argument("--megatron-lm", type=Path, help="checkout of NVIDIA/Megatron-LM to run beside ours")
+    parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder with a tokenizer.json; default: train one")
+    parser.add_argument("--megabytes", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--measure", choices=list(MEASURES), help=argparse.SUPPRESS)
+    parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
