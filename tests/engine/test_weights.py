@@ -13,7 +13,7 @@ from tiny_models import edit_config, write_llama
 
 from megatron_prism import artifact, families
 from megatron_prism.config import Block
-from megatron_prism.engine import gguf_file, sharded, weights
+from megatron_prism.engine import gguf_file, sharded, verify, weights
 from megatron_prism.engine.sharded import Piece, Reader, write_streaming
 from megatron_prism.errors import UserError
 
@@ -144,6 +144,28 @@ def test_the_newest_complete_step_of_a_run_is_exported(source, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="without a complete checkpoint"):
         weights.resolve(tmp_path / "run")
+
+
+def test_a_bf16_run_is_exported_from_its_fp32_masters(tmp_path):
+    from training import from_random, recipe
+
+    from megatron_prism.config import load_recipe
+    from megatron_prism.engine import loop, parallel
+    from megatron_prism.engine.recipe import TrainConfig
+
+    settings = {"precision": "bf16", "steps": 2, **from_random(tmp_path, tie_word_embeddings=False)}
+    run = loop.train(load_recipe(None, recipe(tmp_path, tmp_path / "run", **settings), TrainConfig))
+    parallel.stop()
+    stored = Reader(weights.resolve(run) / "sharded")
+    out = weights.export_hf(run, tmp_path / "out")  # config.json declares float32
+    head = load_file(out / "model.safetensors")["lm_head.weight"]
+    assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16().float())
+    assert torch.equal(head.bfloat16(), stored.read("output_layer.weight")[: len(head)])
+    short = load_file(weights.export_hf(run, tmp_path / "short", "bfloat16") / "model.safetensors")
+    for name, tensor in load_file(out / "model.safetensors").items():
+        assert torch.equal(tensor.bfloat16(), short[name]), name
+    for folder, dtype in ((out, None), (tmp_path / "short", "bfloat16")):
+        assert verify.verify(weights.resolve(run), folder, weights.compared_dtype(weights.resolve(run), dtype)).relative < 1e-5
 
 
 # --- Megatron-LM checkpoints -------------------------------------------------------------------------------------------------------------------
