@@ -8,10 +8,12 @@ The names end in .tmp because a finished artifact does not count such files; the
 Owns: the run's identity, its lock, reading and appending the lines. Refuses: another run in this folder, at once or before.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -71,7 +73,12 @@ class Journal:
         self.output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.output, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+                warnings.warn(f"the file system of {self.output} has no locks: nothing keeps a second prep run from writing there", stacklevel=3)
             yield
         except BlockingIOError:
             raise UserError(f"{self.output} is being written by another prep run; wait for it, or choose another output") from None

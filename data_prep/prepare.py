@@ -108,7 +108,7 @@ def _tokenise_all(config: PrepConfig, tokenizer: Tokenizer, writers: list[Source
         reporter.skip(_bytes_done(writer))
     if not unfinished:
         return
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or _cores()
     try:
         with _pool(workers, tokenizer) as pool, closing(_in_order(pool, _tasks(unfinished), workers)) as results:
             for writer, chunk, result in results:
@@ -122,6 +122,11 @@ def _tokenise_all(config: PrepConfig, tokenizer: Tokenizer, writers: list[Source
     finally:
         for writer in writers:
             writer.discard()
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system tells (Linux, so also inside a Slurm allocation)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bytes_done(writer: SourceWriter) -> int:

@@ -7,8 +7,8 @@ Makes its own corpus (Python files and texts installed with the interpreter, rep
     raw fast     the same with encode_batch_fast, which leaves out character offsets
     ours         JSON lines to finished, checksummed shards; from before the workers start to the last shard
     megatron-lm  JSON lines to .bin/.idx; from when its pool is up to the last document, as it prints itself
-Rates are of UTF-8 text. Start-up (imports) is left out of all four; "whole command" has it for the last two. CPU seconds count every process and thread,
-less those of the same command on one document: where other work shares the cores they compare better than the clock.
+Rates are of UTF-8 text. Start-up (imports) is left out of all four; "whole command" has it for the last two. CPU seconds count every process and
+thread, less those of the same command on one document: where other work shares the cores they compare better than the clock.
 """
 
 import argparse
@@ -200,9 +200,8 @@ def report(results: dict[str, list[dict[str, float]]], corpus: Path, arguments: 
         rates = f"{megabytes / seconds[name]:.2f} | {tokens / seconds[name]:,.0f} | {seconds[name] / seconds['ours']:.2f}x"
         print(f"| {name} | {seconds[name]:.2f} | {spread} | {rates} | {cpu[name]:.1f} | {cpu[name] / cpu['ours']:.2f}x | {whole} | {tokens:,.0f} |")
     versions = {package: metadata.version(package) for package in ("tokenizers", "transformers", "numpy", "megatron-prism")}
-    print(
-        f"\nPython {platform.python_version()}, {versions}, Megatron-LM {_version(arguments.megatron_lm)}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
-    )
+    machine = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    print(f"\nPython {platform.python_version()}, {versions}, Megatron-LM {_version(arguments.megatron_lm)}, {machine}")
 
 
 def _version(checkout: Path | None) -> str:

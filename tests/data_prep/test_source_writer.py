@@ -1,9 +1,18 @@
-"""Which documents are held out is a function of seed, source and position."""
+"""A source reaches the disk once and whole, wherever a run stops; what is held out is a function of seed, source and position."""
+
+import os
+import shutil
 
 import numpy as np
 import pytest
+from prep_cases import output_bytes
 
-from megatron_prism.data_prep.source_writer import held_out
+from megatron_prism.data_prep.documents import Documents
+from megatron_prism.data_prep.inputs import Chunk, Input, Position
+from megatron_prism.data_prep.journal import Journal
+from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
+from megatron_prism.data_prep.source_writer import SourceWriter, Tokenized, held_out
+from megatron_prism.data_prep.tokenizer import Tokenizer
 
 FIRST_HELD_OUT = [8, 25, 65, 73, 104, 120, 180, 185, 199]
 
@@ -29,3 +38,58 @@ def test_seeds_and_sources_hold_out_different_documents_and_larger_fractions_mor
 
 def test_the_first_held_out_documents_are_fixed_for_all_time():
     assert np.flatnonzero(held_out(1234, "prose", 0, 200, 0.05)).tolist() == FIRST_HELD_OUT
+
+
+class PowerCutError(Exception):
+    """The machine is gone: nothing after it runs."""
+
+
+def write_source(output):
+    """One source of 12 chunks of 9 documents, through a writer that takes up what is there, to its manifests."""
+    source = SourceConfig(name="s", paths=["x"])
+    config = PrepConfig(output=output, tokenizer="t", source=[source], validation_fraction=0.2, shard_bytes=100)
+    journal = Journal(output)
+    journal.claim({"recipe": 1})
+    writer = SourceWriter(config, source, [Input("x", "jsonl", 12, "f")], Tokenizer("t", None, "h", 1000, 0), journal)
+    for number in range(writer.progress.end.offset if not writer.progress.end.input else 12, 12):
+        end = Position(0, number + 1) if number < 11 else Position(1, 0)
+        lengths = np.arange(1, 10, dtype=np.int32)
+        tokens = (np.arange(45) + 45 * number).astype(np.uint16)
+        writer.add(Chunk(Position(0, number), end, "range", None, 1), Tokenized(tokens, lengths, np.full(9, 5), Documents(lines=9, records=9)))
+    if not writer.progress.finished:
+        writer.finish()
+    writer.write_manifests()
+
+
+def test_a_run_cut_off_at_any_write_ends_as_the_unbroken_one(tmp_path, monkeypatch):
+    """Every write that matters is synced: the run is cut before each of them in turn, and taken up again (and cut a second time later on)."""
+    write_source(tmp_path / "whole")
+    whole = {name: data for name, data in output_bytes(tmp_path / "whole").items() if not name.startswith(".resume")}
+    assert sum(name.endswith(".bin") for name in whole) > 4
+    sync, calls = os.fsync, 0
+
+    def cut(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls in cuts:
+            raise PowerCutError
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", cut)
+    for moment in range(1, 200):
+        calls, cuts, runs = 0, {moment, moment + 9}, 0
+        while runs < 4:
+            runs += 1
+            try:
+                write_source(tmp_path / "broken")
+                break
+            except PowerCutError:
+                continue
+        found = {
+            name: data for name, data in output_bytes(tmp_path / "broken").items() if not name.startswith(".resume") and not name.endswith(".tmp")
+        }
+        assert found == whole, moment
+        shutil.rmtree(tmp_path / "broken")
+        if runs == 1:
+            break
+    assert moment > 30 and runs == 1

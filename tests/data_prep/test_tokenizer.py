@@ -110,17 +110,21 @@ SENTENCEPIECE = {
 AS_LLAMA = ("llama",)  # what transformers reads rightly
 
 
-@pytest.fixture(scope="module", params=SENTENCEPIECE)
-def sentencepiece_file(request, tmp_path_factory):
+def train_sentencepiece(folder, name):
     import sentencepiece
 
     model = io.BytesIO()
     lines = (line for text in texts(200, 3) + CORPUS for line in text.splitlines() if line.strip())
-    options = {"vocab_size": 600, "hard_vocab_limit": False, "allow_whitespace_only_pieces": True, "minloglevel": 2, **SENTENCEPIECE[request.param]}
+    options = {"vocab_size": 600, "hard_vocab_limit": False, "allow_whitespace_only_pieces": True, "minloglevel": 2, **SENTENCEPIECE[name]}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
-    path = tmp_path_factory.mktemp(request.param) / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    return request.param, path
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module", params=SENTENCEPIECE)
+def sentencepiece_file(request, tmp_path_factory):
+    return request.param, train_sentencepiece(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def test_a_sentencepiece_model_gives_sentencepieces_ids_and_saves_a_folder_with_the_same(sentencepiece_file, tmp_path):
@@ -139,15 +143,19 @@ def test_a_sentencepiece_model_gives_sentencepieces_ids_and_saves_a_folder_with_
     assert prepared.vocab_size == processor.get_piece_size()
 
 
-def test_a_llama_model_gives_the_ids_of_transformers_llama_tokenizer(sentencepiece_file, tmp_path):
+def test_a_llama_model_gives_the_ids_of_transformers_llama_tokenizer(tmp_path):
     from transformers import LlamaTokenizer
 
-    name, path = sentencepiece_file
-    if name not in AS_LLAMA:
-        pytest.skip("LLaMA's kind of model only")
+    path = train_sentencepiece(tmp_path / "model", "llama")
     prepared = prepare_tokenizer(path, tmp_path / "tokenizer")
     theirs = LlamaTokenizer.from_pretrained(path.parent)
     assert [list(row) for row in load_encoder(prepared)(CORPUS)] == [theirs(text, add_special_tokens=False)["input_ids"] for text in CORPUS]
+
+
+def test_a_checkpoint_folder_is_taken_for_the_tokenizer_in_its_hf_folder(tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "checkpoint" / "hf")
+    direct = prepare_tokenizer(tokenizer_folder, tmp_path / "a")
+    assert prepare_tokenizer(tmp_path / "checkpoint", tmp_path / "b").hash == direct.hash
 
 
 def test_the_folder_that_transformers_would_read_wrongly_is_built_here(sentencepiece_file):
