@@ -97,6 +97,11 @@ def _dispatch(stage: stages.Stage, config: Any, dry_run: bool) -> None:
         stage.run(config)
 
 
+@app.command(help=stages.STAGES["tokenizer"])
+def tokenizer(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
+    _run_stage("tokenizer", words, dry_run, keys)
+
+
 @app.command(help=stages.STAGES["prep"])
 def prep(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
     _run_stage("prep", words, dry_run, keys)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 from megatron_prism.errors import UserError
 
 STAGES = {
+    "tokenizer": "text -> a tokenizer, for models trained from nothing",
     "prep": "text -> token shards and a blend",
     "convert": "Hugging Face model <-> megatron-core checkpoint",
     "train": "checkpoint (or random weights) + blend -> checkpoints",

@@ -92,8 +92,8 @@ class Config(Block):
     perplexity: PerplexityConfig | None = None
     tasks: TasksConfig | None = None
     generation: GenerationConfig = GenerationConfig()
-    device: Literal["cpu", "cuda"] = "cpu"
-    """where the models run"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a device"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """the models' weights and activations"""
 
@@ -243,6 +243,8 @@ def _held_out(cfg: PerplexityConfig) -> list["HeldOut"]:
 def _device(name: str) -> str:
     import torch
 
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no CUDA device here; set device=cpu")
     return name
