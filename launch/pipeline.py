@@ -137,14 +137,13 @@ def _parents(step: Step) -> list[Path]:
 
 
 def _print_plan(plan: list[Step]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("stage", "kind", "ranks", "recipe", "output", "would", box=None, pad_edge=False)
+    rows = [("stage", "kind", "ranks", "recipe", "output", "would")]
     for step, state in states(plan):
         would = f"stop: out of date ({state.why})" if state.action == "stale" else state.action
-        table.add_row(step.name, step.job.stage, str(step.job.ranks) if step.parallel else "-", str(step.job.recipe or "-"), str(step.output), would)
-    Console(soft_wrap=True).print(table)
+        rows.append((step.name, step.job.stage, str(step.job.ranks) if step.parallel else "-", str(step.job.recipe or "-"), str(step.output), would))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        typer.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
 
 
 def _duration(seconds: float) -> str:

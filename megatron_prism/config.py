@@ -91,9 +91,19 @@ def as_overrides(table: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             found += as_overrides(value, f"{prefix}{key}.")
         else:
-            literal = "none" if value is None else tomli_w.dumps({"v": value}).partition("=")[2].strip()
-            found.append(f"{prefix}{key}={literal}")
+            found.append(f"{prefix}{key}={_literal(value)}")
     return found
+
+
+def _literal(value: Any) -> str:
+    """A value as TOML on one line (tomli_w would write long tables of a list as sections of their own)."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").removesuffix("\n")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 def test_tables_and_overrides_say_the_same(tmp_path: Path) -> None:
-    table = {"output": "a b", "seed": 3, "train": {"steps": 70, "warmup": 0.5, "save_interval": None}, "source": [{"name": "x", "weight": 2.0}]}
+    long = [{"name": "line\nbreak " * 20, "path": 'quo"ted', "arguments": {"a key": [1, 2.5, True]}}] * 2
+    table = {"output": "a b", "seed": 3, "train": {"steps": 70, "warmup": 0.5, "save_interval": None}, "source": [{"name": "x"}], "models": long}
     assert merge(None, as_overrides(table)) == table
     assert merge(_recipe(tmp_path, tomli_w.dumps({"output": "z"})), as_overrides(table)) == table
 
