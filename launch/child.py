@@ -78,6 +78,7 @@ class Child:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
+        psutil.wait_procs(family, timeout=SECONDS_TO_END)
         self.process.wait()
 
     def _read(self, until: int | None) -> bytes | None:
