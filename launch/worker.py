@@ -9,6 +9,7 @@ where to look; and what a stage leaves behind in a process (patches of the CPU l
 import gc
 import json
 import os
+import select
 import shlex
 import sys
 import traceback
@@ -38,9 +39,10 @@ class Worker(Child):
         request = {"stage": job.stage, "recipe": str(job.recipe) if job.recipe else None, "overrides": job.overrides}
         os.write(self._requests, (json.dumps(request) + "\n").encode())
         self.copy_output(log, title=shlex.join(["prism", *prism_arguments(job)]), until=self._results)
-        if self.process.poll() is not None:
-            return outcome_of(self.wait())
-        return Outcome(**json.loads(os.read(self._results, 1 << 20)))
+        answered, _, _ = select.select([self._results], [], [], 0)
+        answer = os.read(self._results, 1 << 20) if answered else b""
+        # An empty answer is the closed pipe of a worker that is gone, or about to be.
+        return Outcome(**json.loads(answer)) if answer else outcome_of(self.wait())
 
     def close(self) -> None:
         """Let it end by itself: an empty request pipe is its sign to go."""
