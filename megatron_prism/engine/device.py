@@ -44,7 +44,10 @@ def setup(name: DeviceName) -> torch.device:
         _apply(CPU_PATCHES)
     else:
         torch.cuda.set_device(device)
-    if not has_fused_adam():
+        # fp32 means fp32: TF32 keeps 10 bits of each factor, and layouts would differ by 5e-5 instead of 1e-6
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cpu" or not has_fused_adam():
         _apply(TORCH_ADAM_PATCHES)
     return device
 
@@ -85,7 +88,7 @@ def report() -> str:
     lines = [f"{name} {version}" for name, version in package_versions().items()]
     lines.append(f"CUDA devices: {torch.cuda.device_count() if torch.cuda.is_available() else 0}")
     lines.append(f"TransformerEngine layers: {'yes' if has_transformer_engine() else 'no (our layers and torch SDPA are used)'}")
-    lines.append(f"fused Adam: {'yes' if has_fused_adam() else 'no (torch AdamW is used)'}")
+    lines.append(f"fused Adam on CUDA: {'yes' if has_fused_adam() else 'no (torch AdamW is used)'}")
     for title, patches in (("on the CPU", CPU_PATCHES), ("wherever torch's AdamW is used", TORCH_ADAM_PATCHES)):
         lines += ["", f"patches applied {title}:"]
         lines += [f"  {patch.what}\n      {patch.why}" for patch in patches]
@@ -234,6 +237,19 @@ def _patch_type_names() -> None:
     _spell_types_inside(distrib_optimizer.DistributedOptimizer, "__init__")
 
 
+def _patch_optimizer_kernels() -> None:
+    import megatron.core.optimizer as package
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+    package.Adam, package.SGD, package.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    for flag in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        setattr(distrib_optimizer, flag, False)
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier, module.multi_tensor_scale_impl = local_multi_tensor_applier, local_multi_tensor_scale
+    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
+
+
 CPU_PATCHES = (
     Patch(
         "torch.cuda.{current_device, set_device, synchronize, empty_cache, stream, Stream, Event, ...}",
@@ -249,6 +265,11 @@ CPU_PATCHES = (
         "torch.{tensor, zeros, ones, empty, full, arange, rand*, *_like}, Tensor.cuda, Module.cuda",
         'device="cuda" and pin_memory are literal in schedules.py:596, clip_grads.py:90, optimizer.py:473, utils.py:1207: redirected',
         _patch_factories,
+    ),
+    Patch(
+        "megatron.core.optimizer's Adam and multi-tensor functions",
+        "CUDA kernels where TransformerEngine or Apex is installed (optimizer/__init__.py:13, clip_grads.py:14, optimizer.py:16): torch's own",
+        _patch_optimizer_kernels,
     ),
     Patch("megatron.core.jit fuser, TORCHDYNAMO_DISABLE=1", "a choice, not a need: no inductor compilation on the CPU", _patch_jit_fuser),
     Patch(

@@ -114,7 +114,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        cross_entropy_loss_fusion=on_cuda,
+        cross_entropy_loss_fusion=on_cuda and options.precision == "bf16",
         cross_entropy_fusion_impl="native",
         **recompute,
     )

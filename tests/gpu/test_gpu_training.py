@@ -1,0 +1,89 @@
+"""The same training path on CUDA: one GPU and, where there are two, every layout over NCCL.
+
+    make gpu-test      (or: pytest -m gpu tests/gpu)
+
+fp32 with our own layers and TF32 off holds the CPU suite's bound; TransformerEngine in bf16 is held to the spread that bf16 rounding gives.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import differing, final_state, from_random, largest_difference, run_cases
+
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpus == 0, reason="needs a CUDA device")]
+
+SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+ON_GPU = {"device": "cuda", "layers": "local"}
+LAYOUTS = {
+    "tp": {"parallel.tp": 2},
+    "tp_sp": {"parallel.tp": 2, "parallel.sp": "true"},
+    "pp": {"parallel.pp": 2},
+    "pp_vpp": {"parallel.pp": 2, "parallel.vpp": 2},
+    "dp": {},
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], dict[str, list[dict[str, float]]]]:
+    """A checkpoint, and one GPU's curves from it: fp32 with our layers, bf16 with ours and with TransformerEngine's."""
+    root = tmp_path_factory.mktemp("gpu")
+    run_cases(root, 1, {"start": {}}, steps=1, **ON_GPU, **from_random(root, **SHAPE))
+    load = {"model__checkpoint": str(root / "runs_1_0" / "start")}
+    cases = {
+        "fp32": {},
+        "bf16": {"precision": "bf16"},
+        "bf16 transformer_engine": {"precision": "bf16", "layers": "transformer_engine"},
+    }
+    return root, load, run_cases(root, 1, {name: {"set": case} for name, case in cases.items()}, **ON_GPU, **load)
+
+
+@pytest.mark.skipif(gpus < 2, reason="needs two CUDA devices")
+def test_loss_is_equal_for_every_parallel_plan_over_nccl(start):
+    root, load, curves = start
+    found = run_cases(root, 2, {name: {"set": layout} for name, layout in LAYOUTS.items()}, **ON_GPU, **load)
+    differences = {name: largest_difference(lines, curves["fp32"]) for name, lines in found.items()}
+    print(differences)
+    assert max(differences.values()) < 1e-5, differences
+
+
+@pytest.mark.skipif(gpus < 2, reason="needs two CUDA devices")
+def test_transformer_engine_trains_under_every_layout(start):
+    root, load, curves = start
+    found = run_cases(root, 2, {f"te {name}": {"set": layout} for name, layout in LAYOUTS.items()}, device="cuda", precision="bf16", **load)
+    differences = {name: largest_difference(lines, curves["bf16 transformer_engine"]) for name, lines in found.items()}
+    print(differences)
+    assert max(differences.values()) < 5e-2, differences
+
+
+def test_transformer_engine_and_our_layers_are_one_model(start):
+    """bf16 carries 8 bits: the two differ by rounding alone."""
+    _, _, curves = start
+    print({name: [(line["loss"], line["grad_norm"]) for line in lines] for name, lines in curves.items()})
+    assert abs(curves["bf16 transformer_engine"][0]["loss"] / curves["fp32"][0]["loss"] - 1) < 2e-3
+    assert largest_difference(curves["bf16 transformer_engine"], curves["bf16"]) < 5e-2
+
+
+def test_a_resumed_run_equals_an_unbroken_run_on_the_gpu(start):
+    import shutil
+
+    from megatron_prism.engine import checkpoint
+
+    root, load, _ = start
+    settings = {"steps": 6, "checkpoint__save_interval": 3, "checkpoint__keep_last": 10, "device": "cuda", "precision": "bf16", **load}
+    run_cases(root, 1, {"run": {}}, folder=root / "unbroken", **settings)
+    shutil.copytree(root / "unbroken" / "run", root / "resumed" / "run")
+    (root / "resumed" / "run" / "COMPLETE").unlink()
+    checkpoint.remove(checkpoint.step_folder(root / "resumed" / "run", 6))
+    run_cases(root, 1, {"run": {}}, folder=root / "resumed", **settings)
+    assert differing(final_state(root / "resumed" / "run"), final_state(root / "unbroken" / "run")) == []
+
+
+def test_a_gpu_computes_what_the_cpu_computes(start):
+    """The CPU layer follows the device that was asked for: it runs here too, in a process of its own."""
+    root, load, curves = start
+    found = run_cases(root, 1, {"cpu": {}}, **load)
+    print([(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(curves["fp32"], found["cpu"], strict=True)])
+    assert largest_difference(curves["fp32"], found["cpu"]) < 1e-4
