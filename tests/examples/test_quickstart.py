@@ -1,0 +1,55 @@
+"""The quickstart's chain, whole, with fewer steps: what `make quickstart` runs must run, and run again as nothing to do."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prism.launch.plan import load_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+CHANGES = {
+    "base.toml": {"steps = 1600": "steps = 12", "warmup_steps = 30": "warmup_steps = 2"},
+    "midtrain.toml": {"steps = 2000": "steps = 12", "decay_steps = 600": "decay_steps = 4", "warmup_steps = 30": "warmup_steps = 2"},
+    "evaluate.toml": {"[tasks]": "[tasks]\nnum_questions = 4", "20_000": "2_000"},
+}
+
+
+def _prism(folder: Path, timeout: float) -> str:
+    command = [sys.executable, "-m", "megatron_prism", "run", "examples/tiny/pipeline.toml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_recipe_of_the_examples_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for example in ("tiny", "smollm2_135m"):
+        plan = load_plan(ROOT / "examples" / example / "pipeline.toml")
+        assert plan[-1].name == "evaluate"
+        assert {step.job.ranks for step in plan if step.parallel} == {2}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_chain_runs_from_nothing_and_is_skipped_when_done(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "tiny", tmp_path / "examples" / "tiny")
+    for name, changes in CHANGES.items():
+        recipe = tmp_path / "examples" / "tiny" / name
+        text = recipe.read_text()
+        for before, after in changes.items():
+            assert before in text
+            text = text.replace(before, after)
+        recipe.write_text(text)
+    first = _prism(tmp_path, timeout=800)
+    assert "6 run, 0 skipped" in first
+    scores = json.loads((tmp_path / "runs" / "tiny" / "evaluate" / "scores.json").read_text())["models"]
+    assert list(scores) == ["base", "midtrained"]
+    for figures in scores.values():
+        assert list(figures["perplexity"]["domains"]) == ["general", "code", "math"]
+        assert list(figures["tasks"]) == ["chain_sum", "leg_counting"]
+        assert 900_000 < figures["parameters"] < 1_300_000
+    assert "0 run, 6 skipped" in _prism(tmp_path, timeout=120)
