@@ -35,6 +35,7 @@ class Config(Block):
     source: Annotated[list[SourceConfig], Field(min_length=1)]
     """[[source]] tables as in a prep recipe; weight is the share of the training text (none for every source: equal shares)"""
     model_type: Literal["bpe", "unigram"] = "bpe"
+    """kind of sentencepiece model: byte-pair merges, or a unigram language model"""
     max_bytes: Positive = 8 << 20
     """text to train on, over all sources; each is read from its start"""
 
