@@ -110,10 +110,10 @@ def final_state(run: Path) -> dict[str, Any]:
     """Every tensor of a run's newest checkpoint (weights, master weights, moments), and the optimizer's own numbers."""
     import torch
 
-    from megatron_prism.engine import checkpoint
+    from megatron_prism.engine import run_folder
     from megatron_prism.engine.sharded import Reader
 
-    folder = checkpoint.newest(run)
+    folder = run_folder.newest(run)
     assert folder is not None
     reader = Reader(folder / "sharded")
     state: dict[str, Any] = {key: reader.read(key) for key in sorted(reader.keys())}

@@ -6,7 +6,7 @@
       state.json    step, samples and tokens consumed, data fingerprint, layout
       COMPLETE      written last; a folder without it is never read
 
-Owns: saving (all ranks), finding, loading, and keeping the newest N. Refuses: half-written folders, other models, silently changed data.
+Owns: saving (all ranks), loading, and keeping the newest N; `run_folder` finds them. Refuses: newer schemas, silently changed data.
 Called on every rank; files other than `sharded/` are written by rank 0.
 """
 
@@ -29,6 +29,7 @@ from megatron_prism.engine.mcore import load_sharded, save_sharded
 from megatron_prism.engine.model import unwrap
 from megatron_prism.engine.optimizer_state import OptimizerState
 from megatron_prism.engine.parallel import Mesh
+from megatron_prism.engine.run_folder import complete_steps, step_folder
 from megatron_prism.engine.step import Engine
 from megatron_prism.errors import UserError
 
@@ -49,34 +50,6 @@ class Progress:
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     """fingerprint of the blend: seed, seq_len, and each source's name, weight and digest"""
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """Folder of one step's checkpoint."""
-    return run / "checkpoints" / f"step_{step:08d}"
-
-
-def complete_steps(run: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, oldest first."""
-    folders = sorted((run / "checkpoints").glob("step_????????"))
-    return [folder for folder in folders if artifact.is_complete(folder)]
-
-
-def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, finished or not."""
-    steps = complete_steps(run)
-    return steps[-1] if steps else None
-
-
-def resolve(path: Path) -> Path:
-    """A checkpoint folder for a path that is one, or that is a run (its newest complete step). Errors: UserError naming what is wrong."""
-    if (path / "checkpoints").is_dir():
-        found = newest(path)
-        if found is None:
-            raise UserError(f"{path} holds no complete checkpoint; let the run reach its first checkpoint.save_interval")
-        path = found
-    artifact.require(path, "checkpoint")
-    return path
 
 
 def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseModel, parents: Sequence[Path]) -> Path:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_prism import artifact
 from megatron_prism.data_prep.blend import load_blend
-from megatron_prism.engine import checkpoint, device, parallel, recipe
+from megatron_prism.engine import checkpoint, device, parallel, recipe, run_folder
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.metrics import MetricsLog
@@ -122,14 +122,14 @@ def build_run(cfg: TrainConfig) -> Run:
 def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader) -> Progress:
     """Load what there is to load, and say where the run stands."""
     dist.barrier()
-    newest = checkpoint.newest(cfg.output)
+    newest = run_folder.newest(cfg.output)
     if newest is not None:
         progress = checkpoint.load_all(engine, newest)
     elif cfg.model.checkpoint is not None and cfg.model.load == "all":
-        progress = checkpoint.load_all(engine, checkpoint.resolve(cfg.model.checkpoint))
+        progress = checkpoint.load_all(engine, run_folder.resolve(cfg.model.checkpoint))
     else:
         if cfg.model.checkpoint is not None:
-            checkpoint.load_weights(engine, checkpoint.resolve(cfg.model.checkpoint))
+            checkpoint.load_weights(engine, run_folder.resolve(cfg.model.checkpoint))
         return Progress(data=data.fingerprint)
     checkpoint.check_data(progress, data.fingerprint)
     return progress
@@ -233,7 +233,7 @@ def _export(run: Run, last: bool) -> None:
     if run.is_main:
         from megatron_prism.engine.weights import export_hf
 
-        export_hf(checkpoint.step_folder(run.cfg.output, run.progress.step), run.cfg.output / name, run.cfg.export.dtype or _run_dtype(run.cfg))
+        export_hf(run_folder.step_folder(run.cfg.output, run.progress.step), run.cfg.output / name, run.cfg.export.dtype or _run_dtype(run.cfg))
     dist.barrier()
     run.log.say(f"exported {run.cfg.output / name}")
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from megatron_prism import artifact, families
 from megatron_prism.config import Block, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
+from megatron_prism.engine import run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.errors import UserError
@@ -125,7 +126,7 @@ def parents(cfg: TrainConfig) -> list[Path]:
     blend = cfg.data.blend if cfg.data.blend.is_dir() else cfg.data.blend.parent
     found = [blend] if artifact.is_complete(blend) else []
     if cfg.model.checkpoint is not None:
-        found.append(newest_step(cfg.model.checkpoint))
+        found.append(run_folder.resolve(cfg.model.checkpoint))
     return found
 
 
@@ -134,15 +135,7 @@ def model_files(cfg: TrainConfig) -> Path:
     if cfg.model.hf_config is not None:
         return cfg.model.hf_config.parent if cfg.model.hf_config.name == "config.json" else cfg.model.hf_config
     assert cfg.model.checkpoint is not None
-    return newest_step(cfg.model.checkpoint) / "hf"
-
-
-def newest_step(path: Path) -> Path:
-    """A checkpoint, for a path that is one or that is a run with complete steps."""
-    steps = sorted(folder for folder in (path / "checkpoints").glob("step_????????") if artifact.is_complete(folder))
-    folder = steps[-1] if steps else path
-    artifact.require(folder)
-    return folder
+    return run_folder.resolve(cfg.model.checkpoint) / "hf"
 
 
 def check(cfg: TrainConfig, world_size: int) -> tuple[ModelConfig, layout.ParallelPlan]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_prism import artifact, families
-from megatron_prism.engine import gguf_file, hf, sharded
+from megatron_prism.engine import gguf_file, hf, run_folder, sharded
 from megatron_prism.errors import UserError
 from megatron_prism.families.family import Family, Layered
 from megatron_prism.families.model_config import ModelConfig
@@ -76,7 +76,7 @@ def export_hf(checkpoint: Path, output: Path, dtype: str | None = None, max_shar
     it nothing loads the folder.
     Errors: UserError for a checkpoint that is half-written, lacks a tensor, or has one of another shape.
     """
-    return write_hf(resolve(checkpoint), output, dtype, max_shard_bytes)
+    return write_hf(run_folder.resolve(checkpoint), output, dtype, max_shard_bytes)
 
 
 def write_hf(folder: Path, output: Path, dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
@@ -96,17 +96,6 @@ def write_hf(folder: Path, output: Path, dtype: str | None = None, max_shard_byt
         hf.declare_dtype(temporary, wanted)
     temporary.replace(output / "config.json")
     return output
-
-
-def resolve(checkpoint: Path) -> Path:
-    """The checkpoint folder that a path means: itself, or a run's newest complete one. Errors: UserError naming what is missing."""
-    if (checkpoint / "checkpoints").is_dir():
-        steps = [folder for folder in sorted((checkpoint / "checkpoints").glob("step_*")) if artifact.is_complete(folder)]
-        if not steps:
-            raise UserError(f"{checkpoint} is a run without a complete checkpoint; let it reach its first save")
-        checkpoint = steps[-1]
-    artifact.require(checkpoint, "checkpoint")
-    return checkpoint
 
 
 def compared_dtype(folder: Path, dtype: str | None) -> torch.dtype | None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_prism import artifact
+from megatron_prism.engine import run_folder
 from megatron_prism.errors import UserError
 
 
@@ -30,10 +31,10 @@ def find_model(path: Path) -> Path:
         return path
     if is_hf_folder(path / "hf"):
         return path / "hf"
-    steps = sorted(step for step in (path / "checkpoints").glob("step_*") if artifact.is_complete(step))
-    if not steps:
+    newest = run_folder.newest(path)
+    if newest is None:
         raise UserError(f"{path} holds no model: neither config.json with *.safetensors, nor sharded/, nor a complete checkpoints/step_*")
-    return steps[-1]
+    return newest
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_prism import artifact, families
 from megatron_prism.config import Block, Positive
+from megatron_prism.engine import run_folder
 from megatron_prism.errors import UserError
 
 HF_KIND, CHECKPOINT_KIND = "hf", "checkpoint"
@@ -40,7 +41,7 @@ class Config(Block):
 def parents(cfg: Config) -> list[Path]:
     """The finished artifacts that are read: an exported checkpoint, or an imported folder of our own making."""
     if cfg.direction == "export":
-        return [_checkpoint(cfg.source)]
+        return [run_folder.resolve(cfg.source)]
     return [cfg.source] if artifact.is_complete(cfg.source) else []
 
 
@@ -98,20 +99,10 @@ def check(cfg: Config) -> None:
         raise UserError(f"pp={cfg.pp} must be at most the number of layers, {model.num_layers}; try pp={model.num_layers}")
 
 
-def _checkpoint(source: Path) -> Path:
-    """A checkpoint folder, or a run's newest complete one."""
-    steps = [folder for folder in sorted((source / "checkpoints").glob("step_*")) if artifact.is_complete(folder)]
-    if (source / "checkpoints").is_dir() and not steps:
-        raise UserError(f"{source} is a run without a complete checkpoint; let it reach its first save")
-    folder = steps[-1] if steps else source
-    artifact.require(folder, CHECKPOINT_KIND)
-    return folder
-
-
 def _config_dir(cfg: Config) -> Path | None:
     """The folder whose config.json tells the model; None when only a .gguf file knows it."""
     if cfg.direction == "export":
-        return _checkpoint(cfg.source) / "hf"
+        return run_folder.resolve(cfg.source) / "hf"
     if cfg.like is not None:
         return cfg.like
     if cfg.source.suffix == ".gguf":
@@ -138,7 +129,7 @@ def _verify(cfg: Config) -> str:
     from megatron_prism.engine import verify, weights
 
     if cfg.direction == "export":
-        folder = _checkpoint(cfg.source)
+        folder = run_folder.resolve(cfg.source)
         return str(verify.verify(folder, cfg.output, weights.compared_dtype(folder, cfg.dtype)))
     through = weights.DTYPES[cfg.dtype] if cfg.dtype else None
     if (cfg.source / "config.json").is_file():

@@ -36,7 +36,7 @@ def main() -> None:
         rates = measure(ours, bare, options.rounds, options.steps)
     ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True))
     print(
-        f"{parameters:,} parameters, fp32, seq {SEQ_LEN}, {GLOBAL_BATCH} sequences a step in micro-batches of {MICRO_BATCH}, {options.threads} threads"
+        f"{parameters:,} parameters, fp32, {GLOBAL_BATCH} sequences of {SEQ_LEN} a step, {MICRO_BATCH} at a time, {options.threads} threads"
     )
     print(f"torch {torch.__version__}, megatron-core {metadata.version('megatron-core')}; {options.rounds} rounds of {options.steps} steps, medians")
     for name, found in rates.items():

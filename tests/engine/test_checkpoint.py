@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_prism import artifact
 from megatron_prism.config import Block
-from megatron_prism.engine import checkpoint, device, parallel
+from megatron_prism.engine import checkpoint, device, parallel, run_folder
 from megatron_prism.errors import UserError
 
 FINGERPRINT = {
@@ -24,7 +24,7 @@ class Nothing(Block):
 
 
 def write_step(run: Path, step: int, complete: bool = True, schema: int = 1) -> Path:
-    folder = checkpoint.step_folder(run, step)
+    folder = run_folder.step_folder(run, step)
     artifact.begin(folder, "checkpoint", Nothing())
     (folder / checkpoint.STATE).write_text(json.dumps({"schema_version": schema, "progress": {"step": step}, "layout": {}}))
     if complete:
@@ -34,22 +34,22 @@ def write_step(run: Path, step: int, complete: bool = True, schema: int = 1) -> 
 
 def test_a_half_written_checkpoint_is_never_chosen_and_is_refused_by_name(tmp_path):
     whole, half = write_step(tmp_path, 3), write_step(tmp_path, 6, complete=False)
-    assert checkpoint.newest(tmp_path) == whole == checkpoint.resolve(tmp_path)
+    assert run_folder.newest(tmp_path) == whole == run_folder.resolve(tmp_path)
     with pytest.raises(UserError, match=r"step_00000006 has no COMPLETE"):
-        checkpoint.resolve(half)
+        run_folder.resolve(half)
 
 
 def test_a_run_without_a_complete_checkpoint_is_refused(tmp_path):
     write_step(tmp_path, 3, complete=False)
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.resolve(tmp_path)
+    with pytest.raises(UserError, match="without a complete checkpoint"):
+        run_folder.resolve(tmp_path)
 
 
 def test_a_checkpoint_whose_file_was_cut_short_is_refused_by_file(tmp_path):
     folder = write_step(tmp_path, 3)
     (folder / checkpoint.STATE).write_text("{}")
     with pytest.raises(UserError, match=r"state\.json has 2 bytes"):
-        checkpoint.resolve(folder)
+        run_folder.resolve(folder)
 
 
 def test_a_newer_state_and_a_converted_model_are_refused(tmp_path):
@@ -66,9 +66,9 @@ def test_pruning_keeps_the_newest_and_the_chosen_multiples(tmp_path):
     for step in (2, 4, 6, 8, 10):
         write_step(tmp_path, step)
     checkpoint.prune(tmp_path, keep_last=2, keep_every=4)
-    assert [folder.name for folder in checkpoint.complete_steps(tmp_path)] == ["step_00000004", "step_00000008", "step_00000010"]
+    assert [folder.name for folder in run_folder.complete_steps(tmp_path)] == ["step_00000004", "step_00000008", "step_00000010"]
     checkpoint.prune(tmp_path, keep_last=None, keep_every=None)
-    assert len(checkpoint.complete_steps(tmp_path)) == 3
+    assert len(run_folder.complete_steps(tmp_path)) == 3
 
 
 def changed(**changes: object) -> dict:

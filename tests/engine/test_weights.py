@@ -13,7 +13,7 @@ from tiny_models import edit_config, write_llama
 
 from megatron_prism import artifact, families
 from megatron_prism.config import Block
-from megatron_prism.engine import gguf_file, sharded, verify, weights
+from megatron_prism.engine import gguf_file, run_folder, sharded, verify, weights
 from megatron_prism.engine.sharded import Piece, Reader, write_streaming
 from megatron_prism.errors import UserError
 
@@ -139,11 +139,11 @@ def test_the_newest_complete_step_of_a_run_is_exported(source, tmp_path):
     for step in (1, 2, 3):
         folder = imported(tmp_path / "run" / "checkpoints" / f"step_{step:08d}", source)
     (folder / "COMPLETE").unlink()
-    assert weights.resolve(tmp_path / "run").name == "step_00000002"
+    assert run_folder.resolve(tmp_path / "run").name == "step_00000002"
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="without a complete checkpoint"):
-        weights.resolve(tmp_path / "run")
+        run_folder.resolve(tmp_path / "run")
 
 
 def test_a_bf16_run_is_exported_from_its_fp32_masters(tmp_path):
@@ -156,7 +156,7 @@ def test_a_bf16_run_is_exported_from_its_fp32_masters(tmp_path):
     settings = {"precision": "bf16", "steps": 2, **from_random(tmp_path, tie_word_embeddings=False)}
     run = loop.train(load_recipe(None, recipe(tmp_path, tmp_path / "run", **settings), TrainConfig))
     parallel.stop()
-    stored = Reader(weights.resolve(run) / "sharded")
+    stored = Reader(run_folder.resolve(run) / "sharded")
     out = weights.export_hf(run, tmp_path / "out")  # config.json declares float32
     head = load_file(out / "model.safetensors")["lm_head.weight"]
     assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16().float())
@@ -165,7 +165,7 @@ def test_a_bf16_run_is_exported_from_its_fp32_masters(tmp_path):
     for name, tensor in load_file(out / "model.safetensors").items():
         assert torch.equal(tensor.bfloat16(), short[name]), name
     for folder, dtype in ((out, None), (tmp_path / "short", "bfloat16")):
-        assert verify.verify(weights.resolve(run), folder, weights.compared_dtype(weights.resolve(run), dtype)).relative < 1e-5
+        assert verify.verify(run_folder.resolve(run), folder, weights.compared_dtype(run_folder.resolve(run), dtype)).relative < 1e-5
 
 
 # --- Megatron-LM checkpoints -------------------------------------------------------------------------------------------------------------------

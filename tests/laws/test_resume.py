@@ -12,7 +12,7 @@ import pytest
 from multirank import kill_tree
 from training import differing, final_state, from_random, largest_difference, metrics, recipe, run_cases
 
-from megatron_prism.engine import checkpoint
+from megatron_prism.engine import checkpoint, run_folder
 
 STEPS, HALF = 6, 3
 SAVING = {"steps": STEPS, "checkpoint__save_interval": HALF, "checkpoint__keep_last": 10}
@@ -29,7 +29,7 @@ def halfway_copy(run: Path, to: Path) -> None:
     """A run as it lies on disk when it is killed after its first checkpoint and before its second."""
     shutil.copytree(run, to)
     (to / "COMPLETE").unlink()
-    checkpoint.remove(checkpoint.step_folder(to, STEPS))
+    checkpoint.remove(run_folder.step_folder(to, STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def test_kill_9_in_a_step_and_in_a_save_loses_nothing(unbroken):
     name = "dp, dropout"
     run = root / "killed"
     arguments = recipe(root, run, **SAVING, **from_random(root), **CASES[name])
-    first, last = checkpoint.step_folder(run, HALF), checkpoint.step_folder(run, STEPS)
+    first, last = run_folder.step_folder(run, HALF), run_folder.step_folder(run, STEPS)
 
     kill_when(lambda: (first / "sharded").is_dir(), arguments)
-    assert checkpoint.newest(run) is None or checkpoint.newest(run) == first
+    assert run_folder.newest(run) is None or run_folder.newest(run) == first
     kill_when(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > HALF, arguments)
-    assert checkpoint.newest(run) == first
+    assert run_folder.newest(run) == first
     kill_when(lambda: (last / "sharded").is_dir(), arguments)
     assert start(arguments).wait(120) == 0
 

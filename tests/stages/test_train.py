@@ -16,7 +16,7 @@ from training import VOCAB_SIZE, from_random, metrics, recipe
 
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import checkpoint, loop, parallel, step
+from megatron_prism.engine import loop, parallel, run_folder, step
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
 
@@ -57,7 +57,7 @@ def test_a_finished_run_is_complete_and_says_what_it_was_made_from(finished):
     root, run = finished
     provenance = artifact.require(run, "train")
     assert provenance["versions"]["megatron-core"]
-    assert len(checkpoint.complete_steps(run)) == 3
+    assert len(run_folder.complete_steps(run)) == 3
     assert load_recipe(run / "config.toml", [], TrainConfig) == config(root, run, **SETTINGS)
 
 
@@ -104,7 +104,7 @@ def test_a_time_limit_saves_and_stops_and_the_same_command_goes_on(finished, tmp
     root, run = finished
     stopped = loop.train(config(root, tmp_path / "run", steps=6, time_limit_minutes=1e-6))
     assert not artifact.is_complete(stopped)
-    assert checkpoint.newest(stopped) == checkpoint.step_folder(stopped, 1)
+    assert run_folder.newest(stopped) == run_folder.step_folder(stopped, 1)
     loop.train(config(root, tmp_path / "run", steps=6))
     assert artifact.is_complete(stopped)
     assert [line["loss"] for line in metrics(stopped)] == [line["loss"] for line in metrics(run)]
@@ -128,7 +128,7 @@ def test_sigterm_saves_before_the_process_ends(finished, tmp_path):
         process.kill()
     assert process.returncode == 0
     assert "start the same command again to go on" in said
-    newest = checkpoint.newest(output)
+    newest = run_folder.newest(output)
     assert newest is not None and int(newest.name.removeprefix("step_")) >= 1
     assert not artifact.is_complete(output)
 
@@ -138,7 +138,7 @@ def test_decay_branches_start_from_one_stable_checkpoint(finished, tmp_path):
     root, _ = finished
     stable = {"schedule__kind": "wsd", "schedule__decay_steps": 50, "schedule__warmup_steps": 0}
     trunk = loop.train(config(root, tmp_path / "trunk", steps=4, schedule__decay_start=100, checkpoint__save_interval=2, **stable))
-    start = checkpoint.step_folder(trunk, 2)
+    start = run_folder.step_folder(trunk, 2)
     branch = {
         "model__checkpoint": str(start),
         "model__load": "all",
@@ -198,7 +198,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(finished, t
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(loop.DivergenceError, match=r"step 4: loss nan.*samples 24 to 31"):
         loop.train(config(root, tmp_path / "run", steps=6, checkpoint__save_interval=2))
-    assert checkpoint.newest(tmp_path / "run") == checkpoint.step_folder(tmp_path / "run", 2)
+    assert run_folder.newest(tmp_path / "run") == run_folder.step_folder(tmp_path / "run", 2)
 
 
 @pytest.mark.parametrize(
