@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.utils import logging as transformers_logging
 
 from megatron_prism.errors import UserError
 from megatron_prism.generate.interface import Completion, FinishReason, Progress, Prompt, Sampling, cut_at_stop
@@ -45,7 +46,8 @@ class TransformersGenerator:
     def load(cls, folder: Path, device: str = "cpu", dtype: str = "float32", batch_size: int = 32) -> "TransformersGenerator":
         """Load model and tokenizer from a local Hugging Face folder."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
         return cls(model.to(device), tokenizer, batch_size)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None) -> list[list[Completion]]:
@@ -193,6 +195,18 @@ def _without_defaults(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = kept
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Inside, transformers draws no bars of its own across the caller's."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _end_of_sequence_ids(model: Any, tokenizer: Any) -> list[int]:
