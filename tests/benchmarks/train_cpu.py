@@ -35,9 +35,7 @@ def main() -> None:
         ours, bare, parameters = build_both(Path(folder))
         rates = measure(ours, bare, options.rounds, options.steps)
     ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True))
-    print(
-        f"{parameters:,} parameters, fp32, {GLOBAL_BATCH} sequences of {SEQ_LEN} a step, {MICRO_BATCH} at a time, {options.threads} threads"
-    )
+    print(f"{parameters:,} parameters, fp32, {GLOBAL_BATCH} sequences of {SEQ_LEN} a step, {MICRO_BATCH} at a time, {options.threads} threads")
     print(f"torch {torch.__version__}, megatron-core {metadata.version('megatron-core')}; {options.rounds} rounds of {options.steps} steps, medians")
     for name, found in rates.items():
         print(f"{name:<5} {statistics.median(found):8,.0f} tokens/s  ({min(found):,.0f} to {max(found):,.0f})")
