@@ -3,6 +3,7 @@
 Called on every rank. What happens when is decided from the step alone, or told to all ranks together, so that no rank waits for another for ever.
 """
 
+import shutil
 import signal
 import time
 from collections import deque
@@ -28,6 +29,8 @@ from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import cost
 
+HF_FILES = "hf_files"
+
 
 class DivergenceError(RuntimeError):
     """The loss or the gradient norm is no longer a number; the newest checkpoint is from before."""
@@ -42,7 +45,7 @@ class Run:
     engine: Engine
     data: SampleReader
     held_out: SampleReader | None
-    hf: Path
+    parents: list[Path]
     progress: Progress
     log: MetricsLog
     started: float = field(default_factory=time.monotonic)
@@ -74,7 +77,7 @@ def _loop(run: Run) -> bool:
     cfg, progress = run.cfg, run.progress
     while progress.step < cfg.steps:
         report = _step(run)
-        last, stopping = progress.step == cfg.steps, bool(report.signal.item())
+        last, stopping = progress.step == cfg.steps, bool(report.signal)
         if every(cfg.log.interval, progress.step) or last or progress.step == 1:
             _log(run, report)
         if cfg.validation and (every(cfg.validation.interval, progress.step) or last):
@@ -100,8 +103,10 @@ def build_run(cfg: TrainConfig) -> Run:
     parallel.start(place)
     model_config, plan = recipe.check(cfg, dist.get_world_size())
     mesh = parallel.build_mesh(plan, cfg.seed)
+    parents = recipe.parents(cfg)
     if mesh.rank == 0:
-        artifact.begin(cfg.output, "train", cfg, recipe.parents(cfg))
+        artifact.begin(cfg.output, "train", cfg, parents)
+        _carry_model_files(cfg)
     options = BuildOptions(precision=cfg.precision, recompute=cfg.recompute, layers=cfg.layers, hidden_dropout=cfg.hidden_dropout)
     model = wrap_model(build(model_config, mesh, options, place), mesh, overlap=place.type == "cuda")
     engine = Engine(model, build_optimizer(model, cfg.optimizer, cfg.precision == "bf16"), mesh, place)
@@ -114,7 +119,7 @@ def build_run(cfg: TrainConfig) -> Run:
     held_out = SampleReader(blend, "validation", cfg.data.seq_len, cfg.data.mask_end_of_document) if cfg.validation else None
     progress = _starting_point(cfg, engine, data)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
-    run = Run(cfg, model_config, engine, data, held_out, _hf_folder(cfg, mesh.rank), progress, log)
+    run = Run(cfg, model_config, engine, data, held_out, parents, progress, log)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
     return run
 
@@ -135,16 +140,13 @@ def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader) -> Pro
     return progress
 
 
-def _hf_folder(cfg: TrainConfig, rank: int) -> Path:
-    """The config and tokenizer files that every checkpoint of the run carries."""
-    if cfg.model.hf_config is None:
-        return recipe.model_files(cfg)
-    folder = cfg.output / "hf_files"
-    if rank == 0:
-        assert cfg.model.tokenizer is not None
-        checkpoint.gather_hf_files(recipe.model_files(cfg), cfg.model.tokenizer, folder)
-    dist.barrier()
-    return folder
+def _carry_model_files(cfg: TrainConfig) -> None:
+    """Keep the model's config and tokenizer in the run, for its checkpoints: what it started from may be gone when it goes on. Rank 0."""
+    source, folder = recipe.model_files(cfg), cfg.output / HF_FILES
+    if cfg.model.tokenizer is not None:
+        checkpoint.gather_hf_files(source, cfg.model.tokenizer, folder)
+    else:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def _step(run: Run) -> StepReport:
@@ -209,7 +211,7 @@ def _by_source(name: str, by_source: torch.Tensor, names: list[str]) -> dict[str
 
 def _validate(run: Run) -> None:
     assert run.held_out is not None and run.cfg.validation is not None
-    total = torch.zeros(len(run.held_out.names), 2, dtype=torch.float64, device=run.engine.device)
+    total = torch.zeros(len(run.held_out.names), 2, dtype=torch.float64)
     for batch in range(run.cfg.validation.batches):
         total += evaluate_step(run.engine, run.held_out, batch * run.cfg.global_batch)
     loss, count = total.sum(dim=0).tolist()
@@ -221,7 +223,7 @@ def _validate(run: Run) -> None:
 def _save(run: Run) -> None:
     begun = time.perf_counter()
     run.progress.data = run.data.fingerprint
-    folder = checkpoint.save(run.engine, run.cfg.output, run.progress, run.hf, run.cfg, recipe.parents(run.cfg))
+    folder = checkpoint.save(run.engine, run.cfg.output, run.progress, run.cfg.output / HF_FILES, run.cfg, run.parents)
     checkpoint.prune(run.cfg.output, run.cfg.checkpoint.keep_last, run.cfg.checkpoint.keep_every)
     seconds = time.perf_counter() - begun
     run.log.event(run.progress.step, {"checkpoint_seconds": seconds}, f"saved {folder} in {seconds:.1f} s")

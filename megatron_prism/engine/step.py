@@ -29,11 +29,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class StepReport:
-    """by_source: float64 [sources, 2], loss sum and token count over all ranks, still on the device; signal: as handed in, summed over ranks."""
+    """by_source: float64 [sources, 2], loss sum and token count over all ranks, on the host; signal: as handed in, summed over ranks."""
 
     by_source: Tensor
     grad_norm: float
-    signal: Tensor
+    signal: int
 
     @property
     def loss(self) -> float:
@@ -95,8 +95,9 @@ def forward_backward(engine: Engine, data: SampleReader, first_sample: int, forw
 
 
 def _over_all_ranks(engine: Engine, parts: Tensor, grad_norm: float, signal: int) -> StepReport:
-    """Add up what the ranks saw, in one exchange. Tensor-parallel ranks saw the same tokens, so one of them speaks for all."""
+    """Add up what the ranks saw, in one exchange and one copy to the host. Tensor-parallel ranks saw the same tokens: one speaks for all."""
     counted = parts if engine.mesh.tp_rank == 0 else torch.zeros_like(parts)
     message = torch.cat([counted.flatten(), torch.tensor([float(signal)], dtype=torch.float64, device=engine.device)])
     dist.all_reduce(message)
-    return StepReport(by_source=message[:-1].view_as(parts), grad_norm=grad_norm, signal=message[-1])
+    message = message.cpu()
+    return StepReport(by_source=message[:-1].view_as(parts), grad_norm=grad_norm, signal=int(message[-1]))
