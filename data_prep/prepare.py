@@ -9,9 +9,7 @@ Owns: the pool, the flow, taking up a killed run. Refuses: taking up another run
 import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -22,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_prism import artifact
-from megatron_prism.data_prep import documents, inputs
+from megatron_prism.data_prep import inputs, worker
 from megatron_prism.data_prep.blend import BLEND, Blend, BlendSource, write_blend
 from megatron_prism.data_prep.documents import Extract
 from megatron_prism.data_prep.inputs import Chunk, Input
@@ -33,9 +29,9 @@ from megatron_prism.data_prep.journal import Journal
 from megatron_prism.data_prep.manifest import load_manifest
 from megatron_prism.data_prep.progress import Reporter
 from megatron_prism.data_prep.settings import PrepConfig
-from megatron_prism.data_prep.shards import token_dtype
-from megatron_prism.data_prep.source_writer import SourceReport, SourceWriter, Tokenized
-from megatron_prism.data_prep.tokenizer import Encode, Tokenizer, limit_threads, load_encoder, prepare_tokenizer
+from megatron_prism.data_prep.source_writer import SourceReport, SourceWriter
+from megatron_prism.data_prep.tokenizer import Tokenizer, prepare_tokenizer
+from megatron_prism.data_prep.worker import Tokenized
 from megatron_prism.errors import UserError
 
 CHUNKS_AHEAD_PER_WORKER = 4
@@ -155,7 +151,7 @@ def _in_order(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int) ->
             future = None
             if chunk is not None:
                 extract = Extract(writer.source.column, writer.source.format, writer.config.bad_samples)
-                future = pool.submit(_tokenise, chunk.kind, chunk.payload, extract)
+                future = pool.submit(worker.tokenise, chunk.kind, chunk.payload, extract)
                 chunk = chunk._replace(payload=None)
             waiting.append(((writer, chunk), future))
             while len(waiting) > CHUNKS_AHEAD_PER_WORKER * workers:
@@ -174,44 +170,7 @@ def _result(task: Task, future: "Future[Tokenized] | None") -> tuple[SourceWrite
 
 def _pool(workers: int, tokenizer: Tokenizer) -> ProcessPoolExecutor:
     # spawn: a forked copy of a process with threads (tokenizers, arrow, torch) can hang
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer,))
-
-
-_encode: Encode
-_tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _encode, _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    limit_threads()
-    _encode, _tokenizer = load_encoder(tokenizer), tokenizer
-
-
-def _end_with_parent() -> None:
-    """Without this a worker would wait for work for ever after its parent is killed: the workers hold each other's pipe open."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _tokenise(kind: str, payload: Any, extract: Extract) -> Tokenized:
-    found = documents.read_chunk(kind, payload, extract)
-    ids: list[int] = []
-    lengths, sizes = [], []
-    for tokens, size in zip(_encode(found.texts), found.text_bytes, strict=True):
-        if not tokens:  # nothing but what the tokenizer's normalisation removes
-            found.empty += 1
-            continue
-        ids += tokens
-        ids.append(_tokenizer.end_of_document)
-        lengths.append(len(tokens) + 1)
-        sizes.append(size)
-    found.texts, found.text_bytes = [], []
-    dtype = token_dtype(_tokenizer.vocab_size)
-    return Tokenized(np.array(ids, dtype=dtype), np.array(lengths, dtype=np.int32), np.array(sizes, dtype=np.int64), found)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker.start, (tokenizer,))
 
 
 def _write_blend(config: PrepConfig, reports: tuple[SourceReport, ...]) -> Path:

@@ -9,33 +9,22 @@ Owns: the held-out split, unit boundaries, counting, manifests and reports. Refu
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prism import artifact
-from megatron_prism.data_prep.documents import Documents
 from megatron_prism.data_prep.inputs import Chunk, Input
 from megatron_prism.data_prep.journal import HELD_OUT_SUFFIX, Journal, Progress, Unit
 from megatron_prism.data_prep.manifest import Manifest, Shard, write_manifest
 from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
 from megatron_prism.data_prep.shards import token_dtype
 from megatron_prism.data_prep.tokenizer import Tokenizer
+from megatron_prism.data_prep.worker import Tokenized
 from megatron_prism.data_prep.writer import ShardWriter
 from megatron_prism.errors import UserError
 
 REPORT = "report.json"
-
-
-@dataclass
-class Tokenized:
-    """A chunk's documents as ids, end to end, each with its end-of-document id; `found` keeps the counts (its texts are gone)."""
-
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int32]
-    text_bytes: NDArray[np.int64]
-    found: Documents
 
 
 @dataclass(frozen=True)

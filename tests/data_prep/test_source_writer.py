@@ -11,8 +11,9 @@ from megatron_prism.data_prep.documents import Documents
 from megatron_prism.data_prep.inputs import Chunk, Input, Position
 from megatron_prism.data_prep.journal import Journal
 from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
-from megatron_prism.data_prep.source_writer import SourceWriter, Tokenized, held_out
+from megatron_prism.data_prep.source_writer import SourceWriter, held_out
 from megatron_prism.data_prep.tokenizer import Tokenizer
+from megatron_prism.data_prep.worker import Tokenized
 
 FIRST_HELD_OUT = [8, 25, 65, 73, 104, 120, 180, 185, 199]
 

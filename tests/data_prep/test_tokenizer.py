@@ -64,7 +64,7 @@ def test_workers_need_neither_torch_nor_transformers(tokenizer_folder, tmp_path)
     backend = prepare_tokenizer(tokenizer_folder, tmp_path)
     (tmp_path / "t.json").write_text(json.dumps(backend._asdict()))
     code = (
-        "import json, sys; from megatron_prism.data_prep.prepare import _start_worker; from megatron_prism.data_prep import tokenizer as t;"
+        "import json, sys; from megatron_prism.data_prep import worker; from megatron_prism.data_prep import tokenizer as t;"
         f"print(t.load_encoder(t.Tokenizer(**json.load(open({str(tmp_path / 't.json')!r}))))(['a b']));"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
