@@ -20,6 +20,7 @@ from megatron_prism.engine import loop, parallel, run_folder, step
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
 
+THIRD_LOSS = 4.401173909505208
 SETTINGS = {
     "steps": 6,
     "checkpoint__save_interval": 2,
@@ -230,3 +231,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     for words in ("4 ranks: tp=2 pp=2 cp=1 dp=1", "weights", "gradients", "optimizer", "activations", "tokens       1,280", "model FLOPs"):
         assert words in found.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_the_first_schema_still_goes_on_and_exports(tmp_path):
+    """tests/fixtures/checkpoint_v1 was written by version 0.1.0 after two steps; its third step had this loss."""
+    fixture = Path(__file__).parents[1] / "fixtures" / "checkpoint_v1"
+    settings = {"model__checkpoint": str(fixture), "model__load": "all", "export__dtype": "float32"}
+    run = loop.train(config(tmp_path, tmp_path / "run", steps=3, **settings))
+    assert metrics(run)[0]["step"] == 3
+    assert metrics(run)[0]["loss"] == pytest.approx(THIRD_LOSS, rel=1e-5)
+    assert (run / "hf" / "model.safetensors").is_file()
