@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from megatron_prism.data_prep.blend import Blend
-from megatron_prism.data_prep.manifest import Manifest, ReadCheck, verify
+from megatron_prism.data_prep.manifest import Manifest, ReadCheck, check_one_tokenizer, verify
 from megatron_prism.data_prep.sampler import Sampler
 from megatron_prism.engine.parallel import Mesh
 
@@ -64,6 +64,7 @@ class SampleReader:
         self.names = [source.name for source in chosen]
         self.domains = [source.domain for source in chosen]
         manifests = [verify(getattr(source, split)) for source in chosen]
+        check_one_tokenizer(manifests)
         self.readers = [SourceReader(manifest) for manifest in manifests]
         lengths = [manifest.document_lengths() for manifest in manifests]
         self.sampler = Sampler(lengths, [source.weight for source in chosen], seq_len, blend.seed, names=self.names)

@@ -241,3 +241,12 @@ def test_a_checkpoint_of_the_first_schema_still_goes_on_and_exports(tmp_path):
     assert metrics(run)[0]["step"] == 3
     assert metrics(run)[0]["loss"] == pytest.approx(THIRD_LOSS, rel=1e-5)
     assert (run / "hf" / "model.safetensors").is_file()
+
+
+def test_sources_of_different_tokenizers_are_refused(finished, tmp_path):
+    root, _ = finished
+    blend = write_tiny_blend(tmp_path / "data", VOCAB_SIZE)
+    manifest = tmp_path / "data" / "math" / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("0" * 64, "1" * 64))
+    with pytest.raises(UserError, match="different tokenizers"):
+        loop.train(config(root, tmp_path / "run", data__blend=str(blend)))
