@@ -19,7 +19,7 @@ from megatron_prism.evals.registry import load_task
 
 LONG_ENOUGH = 2_000
 CUT_AT = 20_000
-CODE_BYTES = 2_500_000
+CODE_BYTES = 1_200_000
 
 
 def prose() -> Iterator[str]:

@@ -94,6 +94,8 @@ class Config(Block):
     generation: GenerationConfig = GenerationConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a device"""
+    threads: Positive | None = None
+    """CPU threads of torch; none: its own choice, a core each (for models of a few million parameters 1 is quicker)"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """the models' weights and activations"""
 
@@ -134,7 +136,7 @@ def run(cfg: Config) -> Path:
     held_out = _held_out(cfg.perplexity) if cfg.perplexity else []
     artifact.begin(cfg.output, "evaluate", cfg, parents(cfg))
     scores = {}
-    with _progress() as watch:
+    with _progress() as watch, _threads(cfg.threads):
         for model in cfg.models:
             scores[model.name] = _score_model(cfg, model, held_out, tasks, watch)
     content = {"schema_version": SCHEMA_VERSION, "models": scores}
@@ -248,6 +250,19 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no CUDA device here; set device=cpu")
     return name
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Inside, torch computes with `count` threads (None: as before)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from megatron_prism.launch.plan import load_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGES = {
-    "base.toml": {"steps = 1600": "steps = 12", "warmup_steps = 30": "warmup_steps = 2"},
-    "midtrain.toml": {"steps = 2600": "steps = 12", "decay_steps = 900": "decay_steps = 4", "warmup_steps = 30": "warmup_steps = 2"},
-    "evaluate.toml": {"[tasks]": "[tasks]\nnum_questions = 4", "20_000": "2_000"},
+    "base.toml": {"steps = 1000": "steps = 12", "warmup_steps = 30": "warmup_steps = 2"},
+    "midtrain.toml": {"steps = 2000": "steps = 12", "decay_steps = 650": "decay_steps = 4", "warmup_steps = 30": "warmup_steps = 2"},
+    "evaluate.toml": {"[tasks]": "[tasks]\nnum_questions = 4", "12_000": "2_000"},
 }
 
 
