@@ -52,4 +52,6 @@ def test_the_chain_runs_from_nothing_and_is_skipped_when_done(tmp_path: Path) ->
         assert list(figures["perplexity"]["domains"]) == ["general", "code", "math"]
         assert list(figures["tasks"]) == ["chain_sum", "leg_counting"]
         assert 900_000 < figures["parameters"] < 1_300_000
+    held_out = [tmp_path / "runs" / "tiny" / data / "prose" / "validation" / "shard_00000.bin" for data in ("base_data", "midtrain_data")]
+    assert held_out[0].read_bytes() == held_out[1].read_bytes()  # neither model has read what both are scored on
     assert "0 run, 6 skipped" in _prism(tmp_path, timeout=120)
