@@ -121,6 +121,8 @@ def check_data(progress: Progress, fingerprint: dict[str, Any]) -> None:
     ]
     then, now = ({source["name"]: source for source in data["sources"]} for data in (progress.data, fingerprint))
     changes += [f"source {name} is gone" for name in then.keys() - now.keys()] + [f"source {name} is new" for name in now.keys() - then.keys()]
+    if then.keys() == now.keys() and list(then) != list(now):  # ties between sources are settled by their order
+        changes.append(f"the order of the sources was {list(then)}, now {list(now)}")
     for name in then.keys() & now.keys():
         changes += [
             f"source {name}: {key} was {then[name][key]!r}, now {now[name][key]!r}"

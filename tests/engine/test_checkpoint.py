@@ -86,6 +86,7 @@ def changed(**changes: object) -> dict:
         (changed(seed=2), "seed was 1, now 2"),
         (changed(seq_len=64), "seq_len was 32, now 64"),
         (changed(sources=[FINGERPRINT["sources"][0]]), "source math is gone"),
+        (changed(sources=FINGERPRINT["sources"][::-1]), "the order of the sources was"),
         (changed(sources=[*FINGERPRINT["sources"], {"name": "prose", "weight": 1.0, "digest": "c"}]), "source prose is new"),
         (changed(sources=[{**FINGERPRINT["sources"][0], "weight": 2.0}, FINGERPRINT["sources"][1]]), "source code: weight was 3.0, now 2.0"),
         (changed(sources=[FINGERPRINT["sources"][0], {**FINGERPRINT["sources"][1], "digest": "x"}]), "source math: digest was 'b', now 'x'"),
