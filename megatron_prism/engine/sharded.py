@@ -198,7 +198,8 @@ class EmptyObject:
     """A named non-tensor without content, such as the `_extra_state` that megatron-core's linear layers ask for."""
 
     key: str
-    layer: tuple[int, int]
+    layer: tuple[int, int] | None
+    """(index, number of layers): the place on the leading layer axis; None for an object of its own"""
     stage: int = 0
 
 
@@ -257,7 +258,8 @@ class _Writer:
             row += section.shape[0]
 
     def add_object(self, piece: EmptyObject) -> None:
-        name = f"{piece.key}/shard_{piece.layer[0]}_{piece.layer[1]}"
+        index, count = piece.layer or (0, 1)
+        name = f"{piece.key}/shard_{index}_{count}"
         self.metadata[name] = BytesStorageMetadata()
         self._save([None], MetadataIndex(name), piece.stage * self.tp)
 

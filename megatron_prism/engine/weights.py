@@ -29,8 +29,12 @@ ITERATION_FILE = "latest_checkpointed_iteration.txt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MASTERS = "optimizer.state.param."
 """prefix of a training checkpoint's fp32 master weights, which have the model's own shapes"""
-STATEFUL_MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-"""megatron-core's linear layers ask a checkpoint for an `_extra_state` each, empty outside FP8"""
+STATEFUL_MODULES = {
+    "*": ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
+    "M": ("mixer.in_proj", "mixer.out_proj"),
+}
+"""megatron-core's linear layers, by the symbol of their layer, ask a checkpoint for an `_extra_state` each, empty outside FP8"""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def _unread_names(rule: object, model: ModelConfig) -> list[str]:
 
 def _parts(entry: Layered, model: ModelConfig) -> list[Part]:
     """The Hugging Face tensors of a rule, with the layer's number in their names."""
-    layer = "" if entry.layer is None else str(entry.layer)
+    layer = "" if entry.hf_layer is None else str(entry.hf_layer)
     return [Part(part.name.replace("{i}", layer), part.shape) for part in entry.rule.parts(model)]
 
 
@@ -168,17 +172,26 @@ def _parts(entry: Layered, model: ModelConfig) -> list[Part]:
 
 def _pieces(source: Source, pp: int, dtype: torch.dtype | None) -> Iterator[sharded.Piece | sharded.EmptyObject]:
     """A model as pieces for the writer: layers spread evenly over `pp` stages, the embedding with the first, the rest with the last."""
-    layers, seen = source.model.num_layers, -1
-    for entry in source.family.rules(source.model):
+    model, seen = source.model, -1
+    for entry in source.family.rules(model):
         sections = [section if dtype is None else section.to(dtype) for section in source.sections(entry)]
         if entry.layer is None:
             yield sharded.Piece(entry.rule.key, sections, None, entry.rule.tp_axis, 0 if seen < 0 else pp - 1)
             continue
-        place, stage = (entry.layer, layers), entry.layer * pp // layers
+        # layers of one kind are one global tensor with a layer axis; those of a hybrid model are apart, under their numbers
+        place, stage = None if model.is_hybrid else (entry.layer, model.num_layers), entry.layer * pp // model.num_layers
         if entry.layer != seen:
             seen = entry.layer
-            yield from (sharded.EmptyObject(f"decoder.layers.{module}._extra_state", place, stage) for module in STATEFUL_MODULES)
-        yield sharded.Piece(entry.rule.key, sections, place, entry.rule.tp_axis, stage)
+            modules = [module for symbol in model.layer_symbols[seen] for module in STATEFUL_MODULES[symbol]]
+            for module in modules:
+                key = f"decoder.layers.{module}._extra_state"
+                yield sharded.EmptyObject(numbered(key, seen) if model.is_hybrid else key, place, stage)
+        yield sharded.Piece(numbered(entry.rule.key, seen) if model.is_hybrid else entry.rule.key, sections, place, entry.rule.tp_axis, stage)
+
+
+def numbered(key: str, layer: int) -> str:
+    """The key of one layer's own tensor."""
+    return key.replace("decoder.layers.", f"decoder.layers.{layer}.")
 
 
 class MegatronNames:
@@ -209,9 +222,11 @@ class MegatronNames:
     def place(self, entry: Layered) -> tuple[str, bool]:
         """(key, whether it has the leading layer axis) of one rule's tensor."""
         key = entry.rule.key
-        numbered = key.replace("decoder.layers.", f"decoder.layers.{entry.layer}.")
-        if entry.layer is None or (key not in self.reader and numbered in self.reader):
-            return (key if entry.layer is None else numbered), False
+        if entry.layer is None:
+            return key, False
+        alone = numbered(key, entry.layer)
+        if self.model.is_hybrid or (key not in self.reader and alone in self.reader):
+            return alone, False
         return key, True
 
     def dtype(self, entry: Layered) -> torch.dtype:

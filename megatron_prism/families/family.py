@@ -34,6 +34,9 @@ class Layered:
 
     rule: Rule
     layer: int | None
+    """megatron-core's layer, from 0"""
+    hf_layer: int | None = None
+    """the layer of the Hugging Face model, from 0"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Family:
         rules = [rule for rule in self.weights if isinstance(rule, Rule) and rule.holds(model)]
         first = next((index for index, rule in enumerate(rules) if rule.layered), len(rules))
         yield from (Layered(rule, None) for rule in rules[:first])
-        yield from (Layered(rule, layer) for layer in range(model.num_layers) for rule in rules if rule.layered)
+        for layer, symbols in enumerate(model.layer_symbols):
+            here = (rule for rule in rules if rule.layered and (rule.at is None or rule.at in symbols))
+            yield from (Layered(rule, layer, layer // model.layers_per_block) for rule in here)
         yield from (Layered(rule, None) for rule in rules[first:] if not rule.layered)
 
     def num_parameters(self, model: ModelConfig) -> int:

@@ -23,8 +23,50 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class MambaConfig:
+    """The Mamba-2 mixer of a hybrid model (Dao & Gu 2024, arXiv 2405.21060). Sizes in elements."""
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    num_groups: int
+    """groups of heads that share one B and one C"""
+    conv_kernel: int
+    chunk_size: int
+    """tile of the scan; does not change the result"""
+    norm_groups: int
+    """equal groups of channels, each normalised alone by the gated norm: 1 in Granite, num_groups in Nemotron-H"""
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    """bounds of softplus(dt + dt_bias)"""
+    conv_bias: bool = True
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of x, z and the output: num_heads * head_dim."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def bc_size(self) -> int:
+        """Channels of B and C together: 2 * num_groups * state_dim."""
+        return 2 * self.num_groups * self.state_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution, [x | B | C]."""
+        return self.d_inner + self.bc_size
+
+    @property
+    def in_proj_size(self) -> int:
+        """Rows of the input projection, [z | x | B | C | dt]."""
+        return 2 * self.d_inner + self.bc_size + self.num_heads
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only model. Sizes in elements; `vocab_size` is the model's own, without padding for parallelism."""
+    """A decoder-only model. Sizes in elements; `vocab_size` is the model's own, without padding for parallelism.
+
+    Layers are megatron-core's: with `hybrid_layer_pattern`, each symbol is one (M Mamba-2, * attention, - MLP); without, each is attention + MLP.
+    """
 
     family: str
     num_layers: int
@@ -44,6 +86,40 @@ class ModelConfig:
     """biases on the attention output and MLP projections"""
     add_qkv_bias: bool = False
     init_method_std: float = 0.02
+    activation: Literal["swiglu", "squared_relu"] = "swiglu"
+    """swiglu: down(silu(gate) * up); squared_relu: down(relu(up)^2), without a gate"""
+    sliding_window: int | None = None
+    """keys that a query sees, itself among them; None: all before it"""
+    position_embedding: Literal["rope", "none"] = "rope"
+    no_rope_layers: tuple[int, ...] = ()
+    """layers (from 0) whose attention does without rotary embeddings"""
+    embedding_multiplier: float = 1.0
+    """factor of the embedding's output"""
+    residual_multiplier: float = 1.0
+    """factor of every branch when it is added to the residual stream"""
+    softmax_scale: float | None = None
+    """factor of q k^T; None: kv_channels ** -0.5"""
+    logits_scaling: float = 1.0
+    """divisor of the logits"""
+    hybrid_layer_pattern: str | None = None
+    layers_per_block: int = 1
+    """megatron-core layers that make up one layer of the Hugging Face model"""
+    mamba: MambaConfig | None = None
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether layers differ, so that megatron-core's hybrid model is built."""
+        return self.hybrid_layer_pattern is not None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate projection."""
+        return self.activation == "swiglu"
+
+    @property
+    def layer_symbols(self) -> tuple[str, ...]:
+        """For each megatron-core layer, the symbols of what it holds: "*-" everywhere in a dense model."""
+        return tuple(self.hybrid_layer_pattern) if self.hybrid_layer_pattern is not None else ("*-",) * self.num_layers
 
     @property
     def query_size(self) -> int:

@@ -1,14 +1,17 @@
 """Two-way weight rules: how the tensors of a Hugging Face model become megatron-core's, and, derived from the same lines, back again.
 
-Owns: the vocabulary (`Copy`, `FuseQKV`, `FuseGateUp`, `Tied`, `Drop`), names and shapes on both sides, the dimension that tensor parallelism cuts.
-A rule with `{i}` in its Hugging Face name holds for every layer; megatron-core keeps such a tensor as one global tensor with a leading layer axis.
-Sizes are names of `ModelConfig` attributes, so a rule is data and needs no torch.
+Owns: the vocabulary (`Copy`, `FuseQKV`, `FuseGateUp`, `CopyGateUp`, `Tied`, `Drop`), names and shapes on both sides, the dimension that tensor
+parallelism cuts.
+A rule with `{i}` in its Hugging Face name holds for every layer (of the kind `at`). megatron-core keeps such a tensor as one global tensor with a
+leading layer axis, except in hybrid models: there each layer's tensor has the layer's number in its name.
+Sizes are names of `ModelConfig` attributes (`mamba.d_inner` goes into its block), so a rule is data and needs no torch.
 Refuses nothing itself: `engine.weights` checks names and shapes against what it finds.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from megatron_prism.families.model_config import ModelConfig
 
@@ -44,6 +47,8 @@ class Rule:
     """dimension 0 is the vocabulary, which megatron-core may pad at its end"""
     when: str | None = None
     """ModelConfig attribute that must be true for the rule to hold; `not NAME` for one that must be false"""
+    at: str | None = None
+    """symbol of the layers that have the tensor (M Mamba-2, * attention, - MLP); None: every layer"""
 
     def parts(self, model: ModelConfig) -> tuple[Part, ...]:
         """The Hugging Face tensors, in the order in which they are stacked."""
@@ -128,6 +133,20 @@ class FuseGateUp(Rule):
         return tuple(Part(self.hf.replace("{gate_up}", word), shape) for word in ("gate", "up"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CopyGateUp(Rule):
+    """Gate and up projections that Hugging Face keeps in one tensor too, gate first; each is cut apart by tensor parallelism."""
+
+    columns: tuple[str, ...] = ()
+    tp_axis: int | None = 0
+
+    def parts(self, model: ModelConfig) -> tuple[Part, ...]:
+        return (Part(self.hf, (2 * model.ffn_hidden_size, *sizes(self.columns, model))),)
+
+    def sections(self, tensors: Sequence["Tensor"], model: ModelConfig) -> list["Tensor"]:
+        return list(tensors[0].chunk(2))
+
+
 @dataclass(frozen=True)
 class Tied:
     """A Hugging Face tensor that some files store although it is another one's alias: it must be equal, and is not written back."""
@@ -149,9 +168,13 @@ def holds(when: str | None, model: ModelConfig) -> bool:
     if when is None:
         return True
     name = when.removeprefix("not ")
-    return bool(getattr(model, name)) == (name == when)
+    return bool(_value(name, model)) == (name == when)
 
 
 def sizes(names: Sequence[str], model: ModelConfig) -> Shape:
     """The values of size attributes."""
-    return tuple(int(getattr(model, name)) for name in names)
+    return tuple(int(_value(name, model)) for name in names)
+
+
+def _value(name: str, model: ModelConfig) -> Any:
+    return attrgetter(name)(model)

@@ -2,7 +2,8 @@
 
     make gpu-test      (or: pytest -m gpu tests/gpu)
 
-fp32 with our own layers and TF32 off holds the CPU suite's bound; TransformerEngine in bf16 is held to the spread that bf16 rounding gives.
+fp32 with our own layers and TF32 off is held to fp32 rounding at the first step; TransformerEngine in bf16 to bf16's. Later steps amplify
+rounding (Adam's first updates are nearly signs, and cuBLAS sums other shapes in another order), so the whole run has a wider bound.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpus == 0, reason="needs a CUDA device")]
 
 SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-ON_GPU = {"device": "cuda", "layers": "local"}
+ON_GPU = {"device": "cuda", "layers": "local", "optimizer__lr": 1e-3}
 LAYOUTS = {
     "tp": {"parallel.tp": 2},
     "tp_sp": {"parallel.tp": 2, "parallel.sp": "true"},
@@ -40,22 +41,27 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return root, load, run_cases(root, 1, {name: {"set": case} for name, case in cases.items()}, **ON_GPU, **load)
 
 
+def assert_close(found: dict[str, list[dict[str, float]]], expected: list[dict[str, float]], first_step: float, all_steps: float) -> None:
+    """Loss and gradient norm of every layout against one GPU's: (first step, worst step), relative."""
+    differences = {name: (largest_difference(lines[:1], expected[:1]), largest_difference(lines, expected)) for name, lines in found.items()}
+    print(differences)
+    assert max(first for first, _ in differences.values()) < first_step, differences
+    assert max(worst for _, worst in differences.values()) < all_steps, differences
+
+
 @pytest.mark.skipif(gpus < 2, reason="needs two CUDA devices")
 def test_loss_is_equal_for_every_parallel_plan_over_nccl(start):
     root, load, curves = start
     found = run_cases(root, 2, {name: {"set": layout} for name, layout in LAYOUTS.items()}, **ON_GPU, **load)
-    differences = {name: largest_difference(lines, curves["fp32"]) for name, lines in found.items()}
-    print(differences)
-    assert max(differences.values()) < 1e-5, differences
+    assert_close(found, curves["fp32"], first_step=1e-6, all_steps=1e-5)  # measured 5.7e-8 and 8.8e-7
 
 
 @pytest.mark.skipif(gpus < 2, reason="needs two CUDA devices")
 def test_transformer_engine_trains_under_every_layout(start):
     root, load, curves = start
-    found = run_cases(root, 2, {f"te {name}": {"set": layout} for name, layout in LAYOUTS.items()}, device="cuda", precision="bf16", **load)
-    differences = {name: largest_difference(lines, curves["bf16 transformer_engine"]) for name, lines in found.items()}
-    print(differences)
-    assert max(differences.values()) < 5e-2, differences
+    settings = ON_GPU | {"layers": "transformer_engine", "precision": "bf16"} | load
+    found = run_cases(root, 2, {f"te {name}": {"set": layout} for name, layout in LAYOUTS.items()}, **settings)
+    assert_close(found, curves["bf16 transformer_engine"], first_step=2e-3, all_steps=1e-2)  # measured 3.0e-4 and 1.5e-3
 
 
 def test_transformer_engine_and_our_layers_are_one_model(start):
@@ -85,7 +91,7 @@ def test_a_resumed_run_equals_an_unbroken_run_on_the_gpu(start):
 def test_a_gpu_computes_what_the_cpu_computes(start):
     """The CPU layer follows the device that was asked for: it runs here too, in a process of its own."""
     root, load, curves = start
-    found = run_cases(root, 1, {"cpu": {}}, **load)
+    found = run_cases(root, 1, {"cpu": {}}, optimizer__lr=1e-3, **load)
     print([(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(curves["fp32"], found["cpu"], strict=True)])
     first, cpu = curves["fp32"][0], found["cpu"][0]
     assert abs(first["loss"] / cpu["loss"] - 1) < 1e-6
