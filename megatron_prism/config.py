@@ -46,6 +46,10 @@ class ParallelConfig(Block):
     """context parallel: every sequence is cut over this many ranks"""
     sp: bool = False
     """sequence parallel: norms and dropout also cut the sequence over the tensor-parallel ranks"""
+    num_layers_in_first_pipeline_stage: Positive | None = None
+    """layers of the first stage, where pp does not divide them; the stages without such a number share the rest evenly"""
+    num_layers_in_last_pipeline_stage: Positive | None = None
+    """layers of the last stage; fewer there make room for the logits"""
 
     @property
     def model_ranks(self) -> int:

@@ -25,6 +25,8 @@ class ParallelPlan:
     """micro-batches that each data-parallel rank runs in one step"""
     padded_vocab_size: int
     """vocabulary rows stored while training: the model's own, padded up to a multiple of tp"""
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -36,11 +38,23 @@ class ParallelPlan:
         """Model chunks that each rank holds: 1, or vpp of them."""
         return self.vpp or 1
 
+    def stage_layers(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
+        """The megatron-core layers (from 0) that each pipeline stage holds; with vpp a stage's chunks are one round of all stages apart."""
+        if self.vpp:
+            size = num_layers // (self.pp * self.vpp)
+            firsts = [[(chunk * self.pp + stage) * size for chunk in range(self.vpp)] for stage in range(self.pp)]
+            return tuple(tuple(first + layer for first in starts for layer in range(size)) for starts in firsts)
+        sizes = _stage_sizes(num_layers, self.pp, self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage)
+        starts = [sum(sizes[:stage]) for stage in range(self.pp)]
+        return tuple(tuple(range(start, start + size)) for start, size in zip(starts, sizes, strict=True))
+
     def describe(self) -> str:
         """One line for people."""
         virtual = f" vpp={self.vpp}" if self.vpp else ""
         sequence = " sp" if self.sp else ""
-        return f"{self.world_size} ranks: tp={self.tp}{sequence} pp={self.pp}{virtual} cp={self.cp} dp={self.dp}"
+        ends = {"first": self.num_layers_in_first_pipeline_stage, "last": self.num_layers_in_last_pipeline_stage}
+        uneven = ", ".join(f"{count} layers in the {end} stage" for end, count in ends.items() if count)
+        return f"{self.world_size} ranks: tp={self.tp}{sequence} pp={self.pp}{virtual} cp={self.cp} dp={self.dp}" + (f" ({uneven})" if uneven else "")
 
 
 def make_plan(model: ModelConfig, parallel: ParallelConfig, world_size: int, seq_len: int, global_batch: int, micro_batch: int) -> ParallelPlan:
@@ -62,21 +76,13 @@ def make_plan(model: ModelConfig, parallel: ParallelConfig, world_size: int, seq
         micro_batch=micro_batch,
         num_microbatches=global_batch // (dp * micro_batch),
         padded_vocab_size=-(-model.vocab_size // parallel.tp) * parallel.tp,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
     )
 
 
 def _model_rules(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[str]:
-    broken = []
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        size = getattr(model, name)
-        if size % parallel.tp:
-            broken.append(f"parallel.tp={parallel.tp} must divide {name}={size}; try parallel.tp={_nearest_divisor(size, parallel.tp)}")
-    chunks = parallel.pp * (parallel.vpp or 1)
-    if model.num_layers % chunks:
-        cut = f"parallel.pp={parallel.pp}" + (f" * parallel.vpp={parallel.vpp}" if parallel.vpp else "")
-        broken.append(f"{cut} must divide num_layers={model.num_layers}; try parallel.pp={_nearest_divisor(model.num_layers, parallel.pp)}")
-    if parallel.vpp and parallel.pp == 1:
-        broken.append(f"parallel.vpp={parallel.vpp} needs a pipeline: parallel.pp must be at least 2; drop parallel.vpp")
+    broken = [*_tensor_rules(model, parallel.tp), *_mamba_rules(model, parallel.tp), *_pipeline_rules(model, parallel)]
     if parallel.sp and parallel.tp == 1:
         broken.append("parallel.sp=true needs tensor parallelism: parallel.tp must be at least 2; drop parallel.sp")
     if parallel.sp and seq_len % (parallel.tp * parallel.cp):
@@ -86,6 +92,76 @@ def _model_rules(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> 
     if parallel.cp > 1:
         broken.append(f"parallel.cp={parallel.cp}: context parallelism is not implemented yet; use parallel.cp=1")
     return broken
+
+
+def _tensor_rules(model: ModelConfig, tp: int) -> list[str]:
+    sizes = {name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
+    if model.mamba is not None:
+        sizes["mamba.num_heads"] = model.mamba.num_heads
+    return [f"parallel.tp={tp} must divide {name}={size}; try parallel.tp={_nearest_divisor(size, tp)}" for name, size in sizes.items() if size % tp]
+
+
+def _mamba_rules(model: ModelConfig, tp: int) -> list[str]:
+    """Groups of heads (and of the gated norm) are cut whole over the ranks, or shared whole by ranks: nothing between."""
+    if model.mamba is None:
+        return []
+    sizes = {"mamba.num_groups": model.mamba.num_groups, "mamba.norm_groups": model.mamba.norm_groups}
+    return [
+        f"parallel.tp={tp} must divide {name}={size} or be a multiple of it; try parallel.tp={_nearest_divisor(size, tp)}"
+        for name, size in sizes.items()
+        if size % tp and tp % size
+    ]
+
+
+def _pipeline_rules(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    broken = []
+    if parallel.vpp and parallel.pp == 1:
+        broken.append(f"parallel.vpp={parallel.vpp} needs a pipeline: parallel.pp must be at least 2; drop parallel.vpp")
+    if parallel.vpp and model.is_hybrid:
+        broken.append(f"parallel.vpp={parallel.vpp}: megatron-core's hybrid models have no virtual pipeline; drop parallel.vpp")
+    if parallel.num_layers_in_first_pipeline_stage or parallel.num_layers_in_last_pipeline_stage:
+        return broken + _uneven_rules(model.num_layers, parallel)
+    chunks = parallel.pp * (parallel.vpp or 1)
+    if model.num_layers % chunks:
+        cut = f"parallel.pp={parallel.pp}" + (f" * parallel.vpp={parallel.vpp}" if parallel.vpp else "")
+        broken.append(
+            f"{cut} must divide num_layers={model.num_layers}; try parallel.pp={_nearest_divisor(model.num_layers, parallel.pp)}"
+            + _uneven_suggestion(model.num_layers, parallel)
+        )
+    return broken
+
+
+def _uneven_suggestion(num_layers: int, parallel: ParallelConfig) -> str:
+    """The layers of a shorter last stage that would make pp work, where there are any."""
+    pp = parallel.pp
+    last = num_layers - -(-num_layers // pp) * (pp - 1)
+    if parallel.vpp or pp == 1 or last < 1:
+        return ""
+    return f", or give the ends numbers of their own: parallel.num_layers_in_last_pipeline_stage={last}"
+
+
+def _uneven_rules(num_layers: int, parallel: ParallelConfig) -> list[str]:
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    given = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+    said = " and ".join(f"parallel.{name}={count}" for name, count in given.items() if count)
+    if parallel.pp == 1:
+        return [f"{said} needs a pipeline: parallel.pp must be at least 2; drop it"]
+    if parallel.vpp:
+        return [f"{said} does not go with parallel.vpp={parallel.vpp}; drop one of them"]
+    rest = num_layers - (first or 0) - (last or 0)
+    stages = parallel.pp - sum(1 for count in given.values() if count)
+    even = rest == 0 if stages == 0 else rest > 0 and rest % stages == 0
+    if even:
+        return []
+    left = f"{rest} of num_layers={num_layers} for the other {stages} stage{'' if stages == 1 else 's'} of parallel.pp={parallel.pp}"
+    return [f"{said} leaves {left}; the rest must divide evenly" + (", at least one layer each" if rest <= 0 < stages else "")]
+
+
+def _stage_sizes(num_layers: int, pp: int, first: int | None, last: int | None) -> tuple[int, ...]:
+    middle = pp - (first is not None) - (last is not None)
+    rest = num_layers - (first or 0) - (last or 0)
+    sizes = [rest // middle] * middle if middle else []
+    return (*([first] if first is not None else []), *sizes, *([last] if last is not None else []))
 
 
 def _batch_rules(parallel: ParallelConfig, world_size: int, global_batch: int, micro_batch: int) -> list[str]:
