@@ -6,10 +6,15 @@ from typing import Any
 
 from megatron_prism.errors import UserError
 from megatron_prism.families.family import Family
+from megatron_prism.families.granite import GRANITE
+from megatron_prism.families.granite_moe_hybrid import GRANITE_MOE_HYBRID
 from megatron_prism.families.llama import LLAMA
+from megatron_prism.families.mistral import MISTRAL
 from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.families.nemotron_h import NEMOTRON_H
+from megatron_prism.families.smollm3 import SMOLLM3
 
-FAMILIES = {family.hf_type: family for family in (LLAMA,)}
+FAMILIES = {family.hf_type: family for family in (LLAMA, MISTRAL, GRANITE, GRANITE_MOE_HYBRID, SMOLLM3, NEMOTRON_H)}
 
 
 def find(hf_config: dict[str, Any]) -> Family:

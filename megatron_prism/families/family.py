@@ -53,6 +53,8 @@ class Family:
     """keys of which only some values are implemented"""
     features: Mapping[tuple[str, ...], Callable[[Config], Mapping[str, Any]]] = field(default_factory=dict)
     """groups of keys -> ModelConfig fields read from them together"""
+    ignored: tuple[str, ...] = ()
+    """keys that published configs of this family carry and its model code does not read"""
 
     def model_config(self, hf_config: Config) -> ModelConfig:
         """The model that a config.json describes. Errors: UserError naming a key that is missing, of the wrong type, or not implemented."""
@@ -69,7 +71,8 @@ class Family:
 
     def rules(self, model: ModelConfig) -> Iterator[Layered]:
         """Every megatron-core tensor of a model, one entry for each layer, in the order of `weights` (layers outermost)."""
-        rules = [rule for rule in self.weights if isinstance(rule, Rule) and rule.holds(model)]
+        kinds = {symbol for symbols in model.layer_symbols for symbol in symbols}
+        rules = [rule for rule in self.weights if isinstance(rule, Rule) and rule.at in {None, *kinds} and rule.holds(model)]
         first = next((index for index, rule in enumerate(rules) if rule.layered), len(rules))
         yield from (Layered(rule, None) for rule in rules[:first])
         for layer, symbols in enumerate(model.layer_symbols):
@@ -94,7 +97,7 @@ class Family:
             if config.get(key) is not None and config[key] not in allowed:
                 values = " or ".join(repr(value) for value in allowed)
                 raise UserError(f"{key}={config[key]!r} is not supported for {self.hf_type}; only {values}")
-        known = {*self.config, *self.fixed, *WITHOUT_EFFECT, *(key for keys in self.features for key in keys)}
+        known = {*self.config, *self.fixed, *self.ignored, *WITHOUT_EFFECT, *(key for keys in self.features for key in keys)}
         on = {key for key, value in config.items() if value not in (None, False, 0, "", [], {}) and not key.startswith("_")}
         unknown = sorted(on - known)
         if unknown:
@@ -102,6 +105,16 @@ class Family:
                 f"config.json of this {self.hf_type} model sets {', '.join(unknown)}, which this version does not implement; "
                 "a key that does not change the model can be removed from config.json"
             )
+
+
+def size(config: Config, key: str, default: int | None = None) -> int:
+    """A size that a feature reads: a positive whole number. Errors: UserError when it is something else, or missing without a default."""
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise UserError(f"config.json has no {key!r}, and its family has no default for it")
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise UserError(f"config.json says {key}={value!r}; it must be a positive number")
+    return value
 
 
 _TYPES = {item.name: item.type for item in fields(ModelConfig)}
@@ -117,4 +130,4 @@ def _typed(key: str, value: Any, name: str) -> Any:
         right = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
     if not right:
         raise UserError(f"config.json says {key}={value!r}; it must be {'true or false' if wanted is bool else 'a positive number'}")
-    return float(value) if wanted is float else value
+    return float(value) if wanted in (float, float | None) else value

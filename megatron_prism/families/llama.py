@@ -5,16 +5,13 @@ from typing import Any
 
 from megatron_prism.errors import UserError
 from megatron_prism.families import rope_config
+from megatron_prism.families.blocks import EMBEDDING, LAYER, attention, final_norm, mlp_in, mlp_out, output_layer
 from megatron_prism.families.family import Config, Family
-from megatron_prism.families.rules import Copy, Drop, FuseGateUp, FuseQKV, Tied
+from megatron_prism.families.rules import Drop
 
 
-def _rope(config: Config) -> Mapping[str, Any]:
-    base, scaling = rope_config.read_rope(config, default_base=10_000.0)
-    return {"rotary_base": base, "rope_scaling": scaling}
-
-
-def _biases(config: Config) -> Mapping[str, Any]:
+def biases(config: Config) -> Mapping[str, Any]:
+    """attention_bias and mlp_bias -> ModelConfig fields. Errors: UserError where only one of them is on."""
     attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if attention != mlp:
         raise UserError(
@@ -23,9 +20,6 @@ def _biases(config: Config) -> Mapping[str, Any]:
         )
     return {"add_bias_linear": attention, "add_qkv_bias": attention}
 
-
-_HF, _MCORE = "model.layers.{i}.", "decoder.layers."
-_ATTENTION, _MLP = _MCORE + "self_attention.", _MCORE + "mlp."
 
 LLAMA = Family(
     hf_type="llama",
@@ -56,31 +50,14 @@ LLAMA = Family(
         "attention_dropout": (0, 0.0),
         "rope_interleaved": (False,),
     },
-    features={rope_config.KEYS: _rope, ("attention_bias", "mlp_bias"): _biases},
+    features={rope_config.KEYS: rope_config.reader(10_000.0), ("attention_bias", "mlp_bias"): biases},
     weights=(
-        Copy(hf="model.embed_tokens.weight", key="embedding.word_embeddings.weight", sizes=("vocab_size", "hidden_size"), tp_axis=0, padded=True),
-        # TransformerEngine fuses the norm into the linear layer after it, and megatron-core's global names follow it in every layer spec
-        Copy(at="*", hf=_HF + "input_layernorm.weight", key=_ATTENTION + "linear_qkv.layer_norm_weight", sizes=("hidden_size",)),
-        FuseQKV(at="*", hf=_HF + "self_attn.{qkv}_proj.weight", key=_ATTENTION + "linear_qkv.weight", columns=("hidden_size",)),
-        FuseQKV(at="*", hf=_HF + "self_attn.{qkv}_proj.bias", key=_ATTENTION + "linear_qkv.bias", when="add_qkv_bias"),
-        Copy(at="*", hf=_HF + "self_attn.o_proj.weight", key=_ATTENTION + "linear_proj.weight", sizes=("hidden_size", "query_size"), tp_axis=1),
-        Copy(at="*", hf=_HF + "self_attn.o_proj.bias", key=_ATTENTION + "linear_proj.bias", sizes=("hidden_size",), when="add_bias_linear"),
-        Drop(_HF + "self_attn.rotary_emb.inv_freq"),
-        Copy(at="-", hf=_HF + "post_attention_layernorm.weight", key=_MLP + "linear_fc1.layer_norm_weight", sizes=("hidden_size",)),
-        FuseGateUp(at="-", hf=_HF + "mlp.{gate_up}_proj.weight", key=_MLP + "linear_fc1.weight", columns=("hidden_size",)),
-        FuseGateUp(at="-", hf=_HF + "mlp.{gate_up}_proj.bias", key=_MLP + "linear_fc1.bias", when="add_bias_linear"),
-        Copy(at="-", hf=_HF + "mlp.down_proj.weight", key=_MLP + "linear_fc2.weight", sizes=("hidden_size", "ffn_hidden_size"), tp_axis=1),
-        Copy(at="-", hf=_HF + "mlp.down_proj.bias", key=_MLP + "linear_fc2.bias", sizes=("hidden_size",), when="add_bias_linear"),
-        Copy(hf="model.norm.weight", key="decoder.final_layernorm.weight", sizes=("hidden_size",), when="not is_hybrid"),
-        Copy(hf="model.norm.weight", key="decoder.final_norm.weight", sizes=("hidden_size",), when="is_hybrid"),
-        Copy(
-            hf="lm_head.weight",
-            key="output_layer.weight",
-            sizes=("vocab_size", "hidden_size"),
-            tp_axis=0,
-            padded=True,
-            when="not share_embeddings_and_output_weights",
-        ),
-        Tied("lm_head.weight", same_as="model.embed_tokens.weight", when="share_embeddings_and_output_weights"),
+        EMBEDDING,
+        *attention(LAYER + "self_attn.", LAYER + "input_layernorm.weight"),
+        Drop(LAYER + "self_attn.rotary_emb.inv_freq"),
+        *mlp_in(LAYER + "mlp.{gate_up}_proj.", LAYER + "post_attention_layernorm.weight"),
+        *mlp_out(LAYER + "mlp.down_proj."),
+        *final_norm("model.norm.weight"),
+        *output_layer(EMBEDDING.hf),
     ),
 )

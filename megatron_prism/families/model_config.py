@@ -35,7 +35,7 @@ class MambaConfig:
     chunk_size: int
     """tile of the scan; does not change the result"""
     norm_groups: int
-    """equal groups of channels, each normalised alone by the gated norm: 1 in Granite, num_groups in Nemotron-H"""
+    """equal groups of channels, each normalised alone by the gated norm: num_groups in both Granite-4-H and Nemotron-H"""
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
     """bounds of softplus(dt + dt_bias)"""
     conv_bias: bool = True
@@ -54,6 +54,11 @@ class MambaConfig:
     def conv_size(self) -> int:
         """Channels of the convolution, [x | B | C]."""
         return self.d_inner + self.bc_size
+
+    @property
+    def conv_width(self) -> int:
+        """Input channels of each of the convolution's filters: it is depthwise."""
+        return 1
 
     @property
     def in_proj_size(self) -> int:

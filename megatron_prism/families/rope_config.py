@@ -3,7 +3,7 @@
 Owns: reading either into (rotary base, RopeScaling or None). Refuses: kinds and options that the engine has no frequencies for, by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_prism.errors import UserError
@@ -38,6 +38,16 @@ def read_rope(config: Mapping[str, Any], default_base: float) -> tuple[float, Ro
     if unknown and kind != "default":
         raise UserError(f"rope option {', '.join(unknown)} of rope_type={kind!r} is not supported; known: {', '.join(OPTIONS[kind])}")
     return float(base), None if kind == "default" else _scaling(kind, block)
+
+
+def reader(default_base: float) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """A family's feature for `KEYS`: config.json -> ModelConfig fields."""
+
+    def read(config: Mapping[str, Any]) -> Mapping[str, Any]:
+        base, scaling = read_rope(config, default_base)
+        return {"rotary_base": base, "rope_scaling": scaling}
+
+    return read
 
 
 def _scaling(kind: Any, block: Mapping[str, Any]) -> RopeScaling:

@@ -1,0 +1,101 @@
+"""Granite 4 without experts: dense (every layer attention + MLP) or hybrid (Mamba-2 or attention, each followed by an MLP).
+
+A hybrid's layer of the Hugging Face model is two of megatron-core's: its mixer, then "-". Experts are refused by name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron_prism.errors import UserError
+from megatron_prism.families import mamba_config, rope_config
+from megatron_prism.families.blocks import EMBEDDING, LAYER, attention, final_norm, mamba, mlp_in, mlp_out, output_layer
+from megatron_prism.families.family import Config, Family, size
+from megatron_prism.families.granite import GRANITE
+from megatron_prism.families.model_config import MambaConfig
+from megatron_prism.families.rules import CopyGateUp
+
+SYMBOLS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*"}
+"""a layer's kind, as published and as transformers 5 writes it -> symbol"""
+LAYERS = ("num_hidden_layers", "layer_types", "layers_block_type")
+MAMBA = tuple(f"mamba_{name}" for name in "n_heads n_groups d_state d_head d_conv expand chunk_size conv_bias proj_bias".split())
+
+
+def _no_experts(config: Config) -> Mapping[str, Any]:
+    if config.get("num_local_experts", 8) not in (0, None):
+        raise UserError(
+            f"num_local_experts={config.get('num_local_experts', 8)} is not supported: only models without experts (transformers' default: 8)"
+        )
+    return {}
+
+
+def _layers(config: Config) -> Mapping[str, Any]:
+    count = size(config, "num_hidden_layers")
+    kinds = config.get("layer_types") or config.get("layers_block_type") or ["mamba"] * count
+    unknown = sorted({str(kind) for kind in kinds} - set(SYMBOLS))
+    if unknown or len(kinds) != count:
+        raise UserError(f"layer_types names {len(kinds)} layers for num_hidden_layers={count}, unknown kinds: {', '.join(unknown) or 'none'}")
+    symbols = "".join(SYMBOLS[kind] + "-" for kind in kinds)
+    if "M" not in symbols:
+        return {"num_layers": count}
+    return {"num_layers": 2 * count, "layers_per_block": 2, "hybrid_layer_pattern": symbols, "mamba": _mamba(config)}
+
+
+def _mamba(config: Config) -> MambaConfig:
+    heads, groups = size(config, "mamba_n_heads", 128), size(config, "mamba_n_groups", 1)
+    inner = size(config, "mamba_expand", 2) * size(config, "hidden_size")
+    head_dim = inner // heads if config.get("mamba_d_head") in (None, "auto") else size(config, "mamba_d_head")
+    if heads * head_dim != inner:
+        raise UserError(f"mamba_n_heads={heads} times mamba_d_head={head_dim} must be mamba_expand times hidden_size, {inner}")
+    block = MambaConfig(
+        num_heads=heads,
+        head_dim=head_dim,
+        state_dim=size(config, "mamba_d_state", 256),
+        num_groups=groups,
+        conv_kernel=size(config, "mamba_d_conv", 4),
+        chunk_size=size(config, "mamba_chunk_size", 256),
+        norm_groups=groups,
+        time_step_limit=mamba_config.limits(config),
+        conv_bias=mamba_config.switch(config, "mamba_conv_bias", True),
+    )
+    return mamba_config.checked(block, "mamba_n_heads", "mamba_n_groups")
+
+
+def _positions(config: Config) -> Mapping[str, Any]:
+    kind = config.get("position_embedding_type")
+    if kind not in (None, "nope", "rope"):
+        raise UserError(f"position_embedding_type={kind!r} is not supported; only 'rope' or 'nope'")
+    if kind != "rope":
+        return {"position_embedding": "none", "rotary_base": 10_000.0}
+    return rope_config.reader(10_000.0)(config)
+
+
+GRANITE_MOE_HYBRID: Family = replace(
+    GRANITE,
+    hf_type="granitemoehybrid",
+    config={key: name for key, name in GRANITE.config.items() if name not in ("num_layers", "ffn_hidden_size")}
+    | {"shared_intermediate_size": "ffn_hidden_size"},
+    defaults={**GRANITE.defaults, "shared_intermediate_size": 1024},
+    fixed={
+        **GRANITE.fixed,
+        "mamba_proj_bias": (False,),
+        "attention_bias": (False,),
+        "normalization_function": ("rmsnorm",),
+        "output_router_logits": (False,),
+    },
+    features={
+        ("num_local_experts",): _no_experts,
+        (*LAYERS, *MAMBA, "time_step_limit"): _layers,
+        (*rope_config.KEYS, "position_embedding_type"): _positions,
+    },
+    ignored=("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef", "init_method"),
+    weights=(
+        EMBEDDING,
+        *attention(LAYER + "self_attn.", LAYER + "input_layernorm.weight"),
+        *mamba(LAYER + "mamba.", LAYER + "input_layernorm.weight"),
+        *mlp_in(LAYER + "shared_mlp.input_linear.", LAYER + "post_attention_layernorm.weight", CopyGateUp),
+        *mlp_out(LAYER + "shared_mlp.output_linear."),
+        *final_norm("model.norm.weight"),
+        *output_layer(EMBEDDING.hf),
+    ),
+)
