@@ -74,7 +74,7 @@ def from_random(root: Path, **changes: Any) -> dict[str, str]:
 
 
 def run_cases(
-    root: Path, ranks: int, cases: dict[str, dict[str, Any]], timeout: float = 280, folder: Path | None = None, **common: Any
+    root: Path, ranks: int, cases: dict[str, dict[str, Any]], timeout: float = 1000, folder: Path | None = None, **common: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """Train each case ({"set": {...}, "fault": name}) in one launch on `ranks` ranks, into FOLDER/NAME; the metrics of each, step by step."""
     folder = folder or root / f"runs_{ranks}_{len(list(root.glob('runs_*')))}"
@@ -108,7 +108,7 @@ def largest_difference(found: list[dict[str, Any]], expected: list[dict[str, Any
 
 def final_state(run: Path) -> dict[str, Any]:
     """Every tensor of a run's newest checkpoint (weights, master weights, moments), and the optimizer's own numbers."""
-    import torch
+    from megatron.core import dist_checkpointing
 
     from megatron_prism.engine import run_folder
     from megatron_prism.engine.sharded import Reader
@@ -117,7 +117,7 @@ def final_state(run: Path) -> dict[str, Any]:
     assert folder is not None
     reader = Reader(folder / "sharded")
     state: dict[str, Any] = {key: reader.read(key) for key in sorted(reader.keys())}
-    groups = torch.load(folder / "sharded" / "common.pt", weights_only=False)["optimizer"]["groups"]["optimizer"]["param_groups"]
+    groups = dist_checkpointing.load_common_state_dict(str(folder / "sharded"))["optimizer"]["groups"]["optimizer"]["param_groups"]
     return state | {f"group {number}": {key: group[key] for key in ("lr", "weight_decay", "step")} for number, group in enumerate(groups)}
 
 

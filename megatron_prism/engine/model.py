@@ -1,6 +1,7 @@
-"""A ModelConfig becomes megatron-core's GPTModel: its TransformerConfig, its layer spec, and the chunks that this rank holds.
+"""A ModelConfig becomes megatron-core's GPTModel, or its MambaModel for hybrids: TransformerConfig, and the chunks that this rank holds.
 
-Owns: the choice of layers (TransformerEngine's on CUDA, ours elsewhere) and the masking of padded vocabulary rows.
+Owns: the choice of layers (TransformerEngine's on CUDA, ours elsewhere), the masking of padded vocabulary rows, the multipliers of embedding and
+logits (those of the residual branches stand in `layer_specs`), and which weights stay fp32 in a bf16 run.
 """
 
 import logging
@@ -9,15 +10,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prism.engine.attention import CausalAttention, RMSNorm
 from megatron_prism.engine.device import has_transformer_engine
+from megatron_prism.engine.layer_specs import dense_spec, hybrid_spec
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.rope import inverse_frequencies
 from megatron_prism.families.model_config import ModelConfig
@@ -39,26 +40,53 @@ class BuildOptions:
     hidden_dropout: float = 0.0
 
 
-class LanguageModel(GPTModel):
-    """megatron-core's GPTModel, with two differences: padded vocabulary rows take no part in the softmax, and RoPE takes any scaling.
+class LanguageModel:
+    """What megatron-core's models lack, for either of them: padded vocabulary rows take no part in the softmax, RoPE takes any scaling, and
+    Granite's multipliers of embedding and logits stand in the forward pass.
 
     Padded rows exist so that tp divides the vocabulary. Left alone they would add exp(0) each to every softmax denominator, and the loss would
     depend on the layout.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, **kwargs: Any) -> None:
-        super().__init__(vocab_size=mesh.plan.padded_vocab_size, max_sequence_length=model.max_position_embeddings, **kwargs)
+    def _finish(self, model: ModelConfig, mesh: Mesh) -> None:
+        """Called at the end of __init__."""
         rows = mesh.plan.padded_vocab_size // mesh.plan.tp
         self.real_rows = min(max(model.vocab_size - mesh.tp_rank * rows, 0), rows)
         self.padded_rows = rows - self.real_rows
-        self.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(self.rotary_pos_emb.inv_freq.device)
+        self.vocabulary = model.vocab_size
+        self.embedding_multiplier, self.logits_scaling = model.embedding_multiplier, model.logits_scaling
+        if model.position_embedding == "rope":
+            rotary: Any = self.rotary_pos_emb  # type: ignore[attr-defined]
+            rotary.inv_freq = inverse_frequencies(model).to(rotary.inv_freq.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """input_ids, position_ids [b, s] -> loss of each token [b, s] with labels [b, s], else logits [b, s, v/tp]; hidden states before the end."""
+        me: Any = self
+        if me.pre_process and decoder_input is None:
+            decoder_input = me.embedding(input_ids=input_ids, position_ids=position_ids)
+            if self.embedding_multiplier != 1.0:
+                decoder_input = decoder_input * self.embedding_multiplier
+        out: Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input=decoder_input, labels=labels, **kwargs)  # type: ignore[misc]
+        return self._scaled(out) if me.post_process and labels is None else out
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, v/tp] -> cross-entropy of each token [b, s]; the softmax runs over the real vocabulary."""
+        logits = self._scaled(logits)
         if self.padded_rows:
             logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
-        loss: Tensor = super().compute_language_model_loss(labels, logits)
+        loss: Tensor = super().compute_language_model_loss(labels, logits)  # type: ignore[misc]
         return loss
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        return logits if self.logits_scaling == 1.0 else logits / self.logits_scaling
 
     @torch.no_grad()
     def clear_padding(self) -> None:
@@ -68,6 +96,37 @@ class LanguageModel(GPTModel):
         for layer in (getattr(getattr(self, "embedding", None), "word_embeddings", None), getattr(self, "output_layer", None)):
             if layer is not None and layer.weight is not None:
                 layer.weight[self.real_rows :] = 0.0
+
+
+class DenseModel(LanguageModel, GPTModel):
+    """Every layer is attention and MLP."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, layers: Any, vp_stage: int | None, **kwargs: Any) -> None:
+        GPTModel.__init__(self, transformer_layer_spec=layers, vp_stage=vp_stage, **_shared(model, mesh), **kwargs)
+        self._finish(model, mesh)
+
+
+class HybridModel(LanguageModel, MambaModel):
+    """Layers as the pattern says: Mamba-2, attention or MLP."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, layers: Any, **kwargs: Any) -> None:
+        MambaModel.__init__(self, mamba_stack_spec=layers, hybrid_override_pattern=model.hybrid_layer_pattern, **_shared(model, mesh), **kwargs)
+        self._finish(model, mesh)
+
+
+Chunk = DenseModel | HybridModel
+"""What one rank holds of a model."""
+
+
+def _shared(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    return {
+        "vocab_size": mesh.plan.padded_vocab_size,
+        "max_sequence_length": model.max_position_embeddings,
+        "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
+        "position_embedding_type": model.position_embedding,
+        "rotary_base": int(model.rotary_base),
+        "pg_collection": mesh.groups,
+    }
 
 
 def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.device) -> TransformerConfig:
@@ -88,8 +147,12 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         kv_channels=model.kv_channels,
         normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        gated_linear_unit=model.is_gated,
+        activation_func=F.silu if model.is_gated else squared_relu,
+        softmax_scale=model.softmax_scale,
+        window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        no_rope_freq=[int(layer in model.no_rope_layers) for layer in range(model.num_layers)] if model.no_rope_layers else None,
+        is_hybrid_model=model.is_hybrid,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         init_method_std=model.init_method_std,
@@ -98,6 +161,8 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         virtual_pipeline_model_parallel_size=plan.vpp,
+        num_layers_in_first_pipeline_stage=plan.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=plan.num_layers_in_last_pipeline_stage,
         context_parallel_size=plan.cp,
         sequence_parallel=plan.sp,
         # with two pipeline ranks "next" and "previous" are one peer: batched interleaved exchange mixes them up and trains wrongly, silently
@@ -108,7 +173,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         pipeline_dtype=dtype,
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_cuda,
-        bias_activation_fusion=on_cuda,
+        bias_activation_fusion=on_cuda and model.is_gated,
         bias_dropout_fusion=on_cuda,
         apply_rope_fusion=on_cuda and uses_transformer_engine(options, device),
         masked_softmax_fusion=False,
@@ -127,18 +192,7 @@ def uses_transformer_engine(options: BuildOptions, device: torch.device) -> bool
     return options.layers == "auto" and device.type == "cuda" and has_transformer_engine()
 
 
-def layer_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """The layers of one chunk: TransformerEngine's, or megatron-core's own parallel linears with our norm and attention."""
-    if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm)
-
-
-def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.device) -> list[LanguageModel]:
+def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.device) -> list[Chunk]:
     """The chunks of the model that this rank holds, randomly initialised, on the device, in the run's precision (fp32 where bf16 is not asked for).
 
     One chunk, or vpp of them. Random weights depend on the layout: compare layouts from one checkpoint.
@@ -152,32 +206,34 @@ def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.d
         vp_stage = index if mesh.plan.vpp else None
         first = mesh.is_first_stage and index == 0
         last = mesh.is_last_stage and index == mesh.plan.num_chunks - 1
-        chunk = LanguageModel(
-            model,
-            mesh,
-            config=config,
-            transformer_layer_spec=layer_spec(config, engine, vp_stage),
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=int(model.rotary_base),
-            pg_collection=mesh.groups,
-            vp_stage=vp_stage,
-        )
+        ends = {"config": config, "pre_process": first, "post_process": last}
+        chunk: Chunk
+        if model.is_hybrid:
+            chunk = HybridModel(model, mesh, hybrid_spec(model, config, engine), **ends)
+        else:
+            chunk = DenseModel(model, mesh, dense_spec(model, config, engine, vp_stage), vp_stage, **ends)
         chunk.clear_padding()
         chunks.append(chunk.to(device))
     return chunks
 
 
-def to_precision(chunk: LanguageModel, config: TransformerConfig) -> torch.nn.Module:
-    """Wrap a chunk for bf16 (weights in bf16, outputs in fp32 at the last stage); in fp32 it is left alone."""
-    return Float16Module(config, chunk) if config.bf16 else chunk
+def to_precision(chunk: Chunk, config: TransformerConfig) -> torch.nn.Module:
+    """Wrap a chunk for bf16 (outputs in fp32 at the last stage); in fp32 it is left alone.
+
+    Weights become bf16, except those marked `keep_fp32`: Mamba's decay rates, skips and step biases, which bf16's 8 bits would move.
+    """
+    if not config.bf16:
+        return chunk
+    kept = [(weight, weight.data) for weight in chunk.parameters() if getattr(weight, "keep_fp32", False)]
+    wrapped = Float16Module(config, chunk)
+    for weight, data in kept:
+        weight.data = data
+    return wrapped
 
 
-def unwrap(module: Any) -> LanguageModel:
-    """The LanguageModel inside DDP and precision wrappers."""
+def unwrap(module: Any) -> Chunk:
+    """The model inside DDP and precision wrappers."""
     while hasattr(module, "module"):
         module = module.module
     assert isinstance(module, LanguageModel)
-    return module
+    return module  # type: ignore[return-value]

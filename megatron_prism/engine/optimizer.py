@@ -11,11 +11,11 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 
 from megatron_prism.config import OptimizerConfig
 from megatron_prism.engine.mcore import optimizer_config
-from megatron_prism.engine.model import LanguageModel, to_precision
+from megatron_prism.engine.model import Chunk, to_precision
 from megatron_prism.engine.parallel import Mesh
 
 
-def wrap_model(chunks: list[LanguageModel], mesh: Mesh, overlap: bool) -> list[DistributedDataParallel]:
+def wrap_model(chunks: list[Chunk], mesh: Mesh, overlap: bool) -> list[DistributedDataParallel]:
     """megatron-core's DDP around each chunk: gradients in one fp32 buffer, reduced over data-parallel ranks.
 
     overlap: reduce gradients while the backward pass still runs, and gather weights while the next forward pass does (CUDA).

