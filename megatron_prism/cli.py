@@ -2,7 +2,7 @@
 
     prism <stage> RECIPE.toml [key.sub=value ...] [--dry-run]
     prism convert import HF_DIR OUT      prism convert export CHECKPOINT OUT
-    prism run PIPELINE.toml              prism doctor
+    prism plan RECIPE|MODEL              prism run PIPELINE.toml              prism doctor
     prism stage my.module RECIPE.toml    (a stage of your own)
 
 Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0.
@@ -175,6 +175,21 @@ def run(
     from megatron_prism.launch.pipeline import run_pipeline
 
     run_pipeline(pipeline, dry_run=dry_run, remake=remake)
+
+
+@app.command()
+def plan(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="training recipe, published name, or folder with a config.json")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="of a recipe: take the shape of this model (its checkpoint need not exist yet)")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to lay the model out on")] = None,
+    memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU: say what fits")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="tokens per sequence; default: the recipe's, or 8192")] = None,
+) -> None:
+    """What a model or a recipe costs: parameters, FLOPs, bytes per GPU, layouts that fit."""
+    from megatron_prism.stages import plan as planner
+
+    planner.run(target, overrides or [], model, gpus, memory, seq_len)
 
 
 @app.command()

@@ -1,0 +1,100 @@
+"""Which layouts a model can train under on so many GPUs, what each needs, and which to take.
+
+The order of preference is a rough time of a step, relative to data parallelism alone: each doubling of tp costs `TP_DOUBLING`, each doubling of pp
+`PP_DOUBLING`, recomputation the FLOPs that it adds. So data parallelism comes first, then a little tensor parallelism (which cuts activations too),
+then full recomputation (a third more work), then more tensor parallelism; a pipeline last. tp stays within a node of 8, always with sp.
+"""
+
+from dataclasses import dataclass
+from math import log2
+
+from megatron_prism.config import ParallelConfig
+from megatron_prism.errors import UserError
+from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.planning.flops import flops_per_token, recompute_flops_per_token
+from megatron_prism.planning.layout import ParallelPlan, make_plan
+from megatron_prism.planning.memory import MARGIN, MemoryPlan, memory
+
+GPUS_PER_NODE = 8
+TP_DOUBLING = 1.17
+"""measured: 512 TFLOP/s on one H200 became 438 on each of two with tp=2 and sp (8 of LLaMA-3.1-8B's layers, 8,192 tokens)"""
+PP_DOUBLING = 1.2
+"""not measured: a choice that takes a pipeline after the same tensor parallelism"""
+TOKENS_PER_STEP = 1_048_576
+"""PRISM's mid-training (Table 16): 128 sequences of 8,192"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout with a kind of recomputation."""
+
+    plan: ParallelPlan
+    recompute: str | None
+    need: MemoryPlan
+    relative_time: float
+    """rough time of a step, data parallelism alone being 1"""
+
+    @property
+    def overrides(self) -> str:
+        """What sets it on the command line of `prism train`."""
+        settings = {"parallel.tp": self.plan.tp, "parallel.sp": str(self.plan.sp).lower(), "parallel.pp": self.plan.pp}
+        return " ".join(f"{key}={value}" for key, value in settings.items()) + f" recompute={self.recompute or 'none'}"
+
+    @property
+    def reason(self) -> str:
+        """Why this one, in words."""
+        ranks = self.plan.tp * self.plan.pp
+        cut = f"{ranks} ranks share a copy of the model" if ranks > 1 else "every rank has a copy of the model"
+        again = "every layer is computed twice" if self.recompute else "nothing is computed twice"
+        return f"the quickest that fits: {cut}, {again}"
+
+
+def choices(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int = TOKENS_PER_STEP) -> list[Choice]:
+    """Every layout that the model allows (bf16, micro-batches of one sequence, stages of equal length), the quickest first.
+
+    Errors: UserError when there is none.
+    """
+    found = [
+        Choice(plan, recompute, memory(model, plan, seq_len, True, recompute), _relative_time(model, plan, seq_len, recompute))
+        for plan in _plans(model, gpus, seq_len, tokens_per_step)
+        for recompute in (None, "full")
+    ]
+    if not found:
+        raise UserError(f"no layout of {gpus} GPUs fits this model with {seq_len} tokens a sequence; try a power of two, at most {GPUS_PER_NODE}")
+    return sorted(found, key=lambda choice: choice.relative_time)
+
+
+def recommended(found: list[Choice], memory_gib: float) -> Choice | None:
+    """The quickest choice that fits with `MARGIN` to spare; None: nothing fits."""
+    return next((choice for choice in found if choice.need.fits(memory_gib)), None)
+
+
+def verdict(need: MemoryPlan, memory_gib: float) -> str:
+    """Whether it fits, in words and figures."""
+    gib, limit = need.total / 2**30, (1 - MARGIN) * memory_gib
+    rule = f"{gib:.1f} GiB of {memory_gib:g} GiB, of which {limit:.1f} may be planned"
+    return f"fits: {rule}" if need.fits(memory_gib) else f"does not fit: {rule}"
+
+
+def _plans(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int) -> list[ParallelPlan]:
+    found = []
+    for tp in (1, 2, 4, 8):
+        for pp in _divisors(model.num_layers):
+            if gpus % (tp * pp):
+                continue
+            dp = gpus // (tp * pp)
+            batch = -(-tokens_per_step // (seq_len * dp)) * dp
+            try:
+                found.append(make_plan(model, ParallelConfig(tp=tp, sp=tp > 1, pp=pp), gpus, seq_len, batch, 1))
+            except UserError:  # the model does not allow it
+                continue
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _relative_time(model: ModelConfig, plan: ParallelPlan, seq_len: int, recompute: str | None) -> float:
+    extra = recompute_flops_per_token(model, seq_len, recompute) / flops_per_token(model, seq_len)
+    return (1 + extra) * TP_DOUBLING ** log2(plan.tp) * PP_DOUBLING ** log2(plan.pp)
