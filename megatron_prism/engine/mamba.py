@@ -1,0 +1,424 @@
+"""The Mamba-2 mixer, plugged into megatron-core's MambaLayer by `mixer_spec`: cut by heads over tensor-parallel ranks, as many as one likes.
+
+Owns: projections, convolution, scan and gated norm of one rank, their start values, their place in a checkpoint, the state of cached decoding.
+B and C belong to groups of heads. Where tp divides the groups each rank makes its own; where ranks outnumber them (one group in most models) every
+rank makes them all from a replicated projection, and their gradient, of which a rank's heads give a share only, is summed after the convolution.
+Refuses (by assertion; plans are checked before): context parallelism, and sizes that tp does not cut evenly.
+Legend: s sequence, b batch, l the same sequence after the batch, d channels, h heads, p channels of a head, g groups of heads, n state.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region, get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
+from torch import Tensor
+
+from megatron_prism.families.model_config import MambaConfig
+from megatron_prism.kernels.causal_conv1d import causal_conv1d
+from megatron_prism.kernels.ssd_scan import ssd_scan
+
+A_RANGE = (1.0, 16.0)
+"""-A at the start, uniform (Dao & Gu 2024)"""
+STEP_RANGE = (1e-3, 1e-1)
+"""softplus(dt_bias) at the start, log-uniform"""
+
+Rows = tuple[tuple[int, int], ...]
+"""(start, length) of rows of a global tensor, in the order in which a rank holds them"""
+
+
+def mixer_spec(transformer_engine: bool, mamba: MambaConfig, tp: int, *, norm: type, bias_dropout_add: Callable[..., Any]) -> ModuleSpec:
+    """megatron-core's MambaLayer with our mixer.
+
+    norm: class of the norm before the mixer, called with config, hidden_size and eps; used unless TransformerEngine fuses it into the projection,
+    which it cannot where the replicated B and C need the normed input too. bias_dropout_add: a function such as megatron-core's own.
+    """
+    column, row, fused = ColumnParallelLinear, RowParallelLinear, False
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
+
+        fused = not replicates_groups(mamba, tp)
+        column, row = TELayerNormColumnParallelLinear if fused else TEColumnParallelLinear, TERowParallelLinear
+    mixer = ModuleSpec(module=MambaMixer, params={"mamba": mamba}, submodules=MixerSubmodules(in_proj=column, out_proj=row))
+    submodules = MambaLayerSubmodules(
+        norm=IdentityOp if fused else ModuleSpec(module=InputNorm, params={"norm": norm}),
+        mixer=mixer,
+        mamba_bda=bias_dropout_add,
+        sharded_state_dict_keys_map={} if fused else {"norm.": "mixer.in_proj.layer_norm_"},
+    )
+    return ModuleSpec(module=MambaLayer, submodules=submodules)
+
+
+def replicates_groups(mamba: MambaConfig, tp: int) -> bool:
+    """Whether every rank makes all of B and C, because ranks outnumber the groups."""
+    return mamba.num_groups % tp != 0
+
+
+class InputNorm:
+    """The norm before the mixer with the model's epsilon, which MambaLayer does not hand on."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, norm: type) -> Any:
+        return norm(config=config, hidden_size=hidden_size, eps=config.layernorm_epsilon)
+
+
+@dataclass
+class MixerSubmodules:
+    """The linear layers of the mixer: column-parallel in, row-parallel out."""
+
+    in_proj: type
+    out_proj: type
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one tensor-parallel rank holds of a mixer. Global rows are Hugging Face's: in_proj [z|x|B|C|dt], convolution [x|B|C]."""
+
+    mamba: MambaConfig
+    tp: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        groups, heads = self.mamba.num_groups, self.mamba.num_heads
+        assert heads % self.tp == 0 and heads % groups == 0, f"tp={self.tp} and {groups} groups must divide {heads} Mamba heads"
+        for count in (groups, self.mamba.norm_groups):
+            assert count % self.tp == 0 or self.tp % count == 0, f"tp={self.tp} must divide {count} Mamba groups, or they tp"
+
+    @property
+    def heads(self) -> int:
+        return self.mamba.num_heads // self.tp
+
+    @property
+    def inner(self) -> int:
+        """Channels of x, z and the output."""
+        return self.mamba.d_inner // self.tp
+
+    @property
+    def replicated(self) -> bool:
+        return replicates_groups(self.mamba, self.tp)
+
+    @property
+    def groups(self) -> int:
+        """Groups whose B and C this rank makes."""
+        return self.mamba.num_groups if self.replicated else self.mamba.num_groups // self.tp
+
+    @property
+    def bc(self) -> int:
+        """Channels of B and C together."""
+        return 2 * self.groups * self.mamba.state_dim
+
+    @property
+    def own_groups(self) -> slice:
+        """The groups of this rank's heads among those that it makes."""
+        first = self.rank * self.mamba.num_groups // self.tp if self.replicated else 0
+        return slice(first, first + max(self.mamba.num_groups // self.tp, 1))
+
+    @property
+    def inner_rows(self) -> Rows:
+        return ((self.rank * self.inner, self.inner),)
+
+    @property
+    def head_rows(self) -> Rows:
+        return ((self.rank * self.heads, self.heads),)
+
+    @property
+    def bc_rows(self) -> Rows:
+        """Rows of [B|C] alone."""
+        if self.replicated:
+            return ((0, self.bc),)
+        half = self.bc // 2
+        return ((self.rank * half, half), (self.mamba.bc_size // 2 + self.rank * half, half))
+
+    @property
+    def conv_rows(self) -> Rows:
+        """Rows of `conv1d`, that is without replicated B and C."""
+        return self.inner_rows if self.replicated else (*self.inner_rows, *shifted(self.bc_rows, self.mamba.d_inner))
+
+    @property
+    def in_proj_rows(self) -> Rows:
+        """Rows of `in_proj`, that is without replicated B and C."""
+        d_inner = self.mamba.d_inner
+        heads = shifted(self.head_rows, 2 * d_inner + self.mamba.bc_size)
+        return (*self.inner_rows, *shifted(self.conv_rows, d_inner), *heads)
+
+
+def shifted(rows: Rows, by: int) -> Rows:
+    """The same rows, further down."""
+    return tuple((start + by, length) for start, length in rows)
+
+
+class MambaMixer(MegatronModule):
+    """[s, b, hidden] -> [s, b, hidden]: in_proj, short convolution and silu, scan, gated norm, out_proj (all without bias but the convolution).
+
+    Under sequence parallelism input and output are the rank's part of the sequence, as the linear layers given by the spec have it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MixerSubmodules,
+        mamba: MambaConfig,
+        d_model: int,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int = 0,
+    ) -> None:
+        super().__init__(config)
+        assert config.context_parallel_size == 1
+        self.mamba, self.layer_number, self.tp_group = mamba, layer_number, pg_collection.tp
+        self.share = share = Share(mamba, self.tp_group.size(), self.tp_group.rank())
+        rows = mamba.in_proj_size - (mamba.bc_size if share.replicated else 0)
+        shared: dict[str, Any] = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        column = {"init_method": config.init_method, "gather_output": False, "skip_bias_add": False, "tp_comm_buffer_name": "fc1"}
+        row = {"init_method": config.output_layer_init_method, "input_is_parallel": True, "skip_bias_add": True, "tp_comm_buffer_name": "fc2"}
+        self.in_proj = build_module(submodules.in_proj, d_model, rows, **column, **shared)
+        self.out_proj = build_module(submodules.out_proj, mamba.d_inner, d_model, **row, **shared)
+        with get_cuda_rng_tracker().fork():
+            self.conv1d = Convolution(sum(length for _, length in share.conv_rows), mamba, config, parallel=True)
+            steps = torch.empty(share.heads).uniform_(*map(math.log, STEP_RANGE)).exp()
+            decays = torch.empty(share.heads).uniform_(*A_RANGE)
+        if share.replicated:  # drawn from the generator that all tensor-parallel ranks have in common
+            self.bc_proj = torch.nn.Linear(d_model, mamba.bc_size, bias=False, dtype=config.params_dtype, device=init_device(config))
+            config.init_method(self.bc_proj.weight)
+            # a rank's gradient is that of its part of the sequence; megatron-core sums them
+            self.bc_proj.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            self.bc_conv1d = Convolution(mamba.bc_size, mamba, config, parallel=False)
+        self.dt_bias = head_parameter(steps + torch.log(-torch.expm1(-steps)), config)  # softplus(dt_bias) = steps
+        self.A_log = head_parameter(decays.log(), config)
+        self.D = head_parameter(torch.ones(share.heads), config)
+        self.norm = GatedNorm(share, config, self.tp_group)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: BaseInferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [s, b, hidden] -> (output [s, b, hidden], no bias).
+
+        inference_context: a static one; its `key_value_memory_dict[layer_number]` keeps the last inputs of the convolution and the scan's state.
+        packed_seq_params: documents lie end to end in a batch of 1, and each starts from nothing.
+        """
+        past_conv, past_scan = self._past(inference_context)
+        projected_sbd, _ = self.in_proj(hidden_states)
+        documents = None if packed_seq_params is None else document_ids(packed_seq_params, projected_sbd.shape[0])
+        z_sbd, x_or_xbc, dt = projected_sbd.split([self.share.inner, sum(length for _, length in self.share.conv_rows), self.share.heads], dim=-1)
+        x_blhp, b_blgn, c_blgn, conv_state = self._convolve(x_or_xbc.transpose(0, 1), hidden_states, documents, past_conv)
+        scanned = ssd_scan(
+            x_blhp,
+            dt.transpose(0, 1),
+            -self.A_log.float().exp(),
+            b_blgn,
+            c_blgn,
+            chunk_size=self.mamba.chunk_size,
+            d_h=self.D,
+            dt_bias_h=self.dt_bias,
+            time_step_limit=self.mamba.time_step_limit,
+            initial_state_bhpn=past_scan,
+            document_bl=documents,
+            return_state=True,
+        )
+        y_blhp, scan_state = cast(tuple[Tensor, Tensor], scanned)
+        if inference_context is not None:
+            inference_context.key_value_memory_dict[self.layer_number] = (conv_state, scan_state)
+        out, _ = self.out_proj(self.norm(y_blhp.flatten(2).transpose(0, 1), z_sbd))
+        return out, None
+
+    def _past(self, context: BaseInferenceContext | None) -> tuple[Tensor | None, Tensor | None]:
+        """States left by the tokens before; none at the start of a prompt."""
+        if context is None:
+            return None, None
+        assert context.is_static_batching(), "decoding with a dynamic batch is not supported"
+        if context.sequence_len_offset == 0:
+            return None, None
+        states: tuple[Tensor, Tensor] = context.key_value_memory_dict[self.layer_number]
+        return states
+
+    def _convolve(
+        self, x_or_xbc_bld: Tensor, hidden_states: Tensor, documents: Tensor | None, past_bdk: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> x, B and C of this rank's heads, and the last inputs [b, d, k - 1] of all of them."""
+        share = self.share
+        if share.replicated:
+            past_x, past_bc = (None, None) if past_bdk is None else past_bdk.split([share.inner, share.bc], dim=1)
+            x_bld, state_x = self.conv1d(x_or_xbc_bld, documents, past_x)
+            bc_bld, state_bc = self.bc_conv1d(self._project_bc(hidden_states).transpose(0, 1), documents, past_bc)
+            bc_bld = SumGradient.apply(bc_bld, self.tp_group)
+            state = torch.cat([state_x, state_bc], dim=1)
+        else:
+            xbc_bld, state = self.conv1d(x_or_xbc_bld, documents, past_bdk)
+            x_bld, bc_bld = xbc_bld.split([share.inner, share.bc], dim=-1)
+        b_blgn, c_blgn = bc_bld.unflatten(-1, (2, share.groups, self.mamba.state_dim))[:, :, :, share.own_groups].unbind(2)
+        return x_bld.unflatten(-1, (share.heads, self.mamba.head_dim)), b_blgn, c_blgn, state
+
+    def _project_bc(self, hidden_states: Tensor) -> Tensor:
+        """Replicated B and C of the whole sequence. Every rank then has their whole gradient, so that a rank's part of it needs no sum."""
+        bc_sbd = self.bc_proj(hidden_states)
+        if not self.config.sequence_parallel:
+            return cast(Tensor, bc_sbd)
+        return cast(Tensor, gather_from_sequence_parallel_region(bc_sbd, tensor_parallel_output_grad=False, group=self.tp_group))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Each tensor under Hugging Face's rows, of which this rank has some: `in_proj.weight` and `conv1d.*` in several pieces."""
+        assert not sharded_offsets, "hybrid layers have keys of their own, no leading layer axis"
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = {}
+        for name, linear in (("in_proj", self.in_proj), ("out_proj", self.out_proj)):
+            state |= sharded_state_dict_default(linear, f"{prefix}{name}.", (), metadata, tp_group=self.tp_group)
+        dp_rank, replicas = metadata["dp_cp_group"].rank(), self.share.rank
+        parameters = dict(self.named_parameters())
+        for name, key, rows, total in self._places():
+            copy = replicas if name.startswith("bc_") else 0
+            state[prefix + name] = sharded_rows(parameters[name], prefix + key, rows, total, (0, copy, dp_rank))
+        return state
+
+    def _places(self) -> list[tuple[str, str, Rows, int]]:
+        """(parameter, key of the global tensor, rows of it, its number of rows) for all but out_proj."""
+        share, mamba = self.share, self.mamba
+        places = [("in_proj.weight", "in_proj.weight", share.in_proj_rows, mamba.in_proj_size)]
+        places += [(name, name, share.head_rows, mamba.num_heads) for name in ("A_log", "D", "dt_bias")]
+        places.append(("norm.weight", "norm.weight", share.inner_rows, mamba.d_inner))
+        leaves = ("weight", "bias") if mamba.conv_bias else ("weight",)
+        places += [(f"conv1d.{leaf}", f"conv1d.{leaf}", share.conv_rows, mamba.conv_size) for leaf in leaves]
+        if share.replicated:
+            rows = share.bc_rows
+            places.append(("bc_proj.weight", "in_proj.weight", shifted(rows, 2 * mamba.d_inner), mamba.in_proj_size))
+            places += [(f"bc_conv1d.{leaf}", f"conv1d.{leaf}", shifted(rows, mamba.d_inner), mamba.conv_size) for leaf in leaves]
+        return places
+
+
+class Convolution(torch.nn.Module):
+    """Weight [d, 1, k] and bias [d] of the short convolution; uniform at the start, as torch's Conv1d."""
+
+    def __init__(self, channels: int, mamba: MambaConfig, config: TransformerConfig, parallel: bool) -> None:
+        super().__init__()
+        bound = mamba.conv_kernel**-0.5
+        weight = torch.empty(channels, 1, mamba.conv_kernel).uniform_(-bound, bound)
+        self.weight = parameter(weight, config.params_dtype, config, parallel)
+        self.bias = parameter(torch.empty(channels).uniform_(-bound, bound), config.params_dtype, config, parallel) if mamba.conv_bias else None
+
+    def forward(self, x_bld: Tensor, documents: Tensor | None, past_bdk: Tensor | None) -> tuple[Tensor, Tensor]:
+        """-> silu of the convolution [b, l, d], and the last inputs [b, d, k - 1]."""
+        weight_dk = self.weight.squeeze(1)
+        out = causal_conv1d(x_bld, weight_dk, self.bias, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=True)
+        return cast(tuple[Tensor, Tensor], out)
+
+
+class GatedNorm(torch.nn.Module):
+    """norm(y * silu(z)) * weight, each of the norm groups normalised alone, in fp32; rounded as transformers' gated norms do.
+
+    Where tp cuts a norm group apart, its sum of squares goes around.
+    """
+
+    def __init__(self, share: Share, config: TransformerConfig, tp_group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.share, self.eps, self.tp_group = share, config.layernorm_epsilon, tp_group
+        self.weight = parameter(torch.ones(share.inner), config.params_dtype, config, parallel=True)
+
+    def forward(self, y_sbd: Tensor, z_sbd: Tensor) -> Tensor:
+        """y, z [s, b, d] -> [s, b, d] in y's type."""
+        total, tp = self.share.mamba.norm_groups, self.share.tp
+        gated = y_sbd.float() * F.silu(z_sbd.float())
+        grouped = gated.unflatten(-1, (max(total // tp, 1), -1))
+        squares = grouped.square().sum(-1)
+        if total < tp:
+            own = self.share.rank * total // tp
+            squares = SumOverRanks.apply(F.pad(squares, (own, total - 1 - own)), self.tp_group)[..., own : own + 1]
+        scale = torch.rsqrt(squares / (self.share.mamba.d_inner // total) + self.eps)
+        normed = (grouped * scale.unsqueeze(-1)).flatten(-2).to(y_sbd.dtype)
+        return (self.weight * normed).contiguous()
+
+
+def init_device(config: TransformerConfig) -> Any:
+    """Where parameters are made."""
+    return None if config.use_cpu_initialization else torch.cuda.current_device()
+
+
+def parameter(values: Tensor, dtype: torch.dtype, config: TransformerConfig, parallel: bool) -> torch.nn.Parameter:
+    """A parameter, cut over tensor-parallel ranks along dimension 0 or the same on all."""
+    made = torch.nn.Parameter(values.to(device=init_device(config), dtype=dtype))
+    if parallel:
+        set_tensor_model_parallel_attributes(made, is_parallel=True, dim=0, stride=1)
+    return made
+
+
+def head_parameter(values_h: Tensor, config: TransformerConfig) -> torch.nn.Parameter:
+    """One number for each head, in fp32 whatever the model's type: the scan multiplies them up over the whole sequence."""
+    made = parameter(values_h, torch.float32, config, parallel=True)
+    made.keep_fp32 = True  # type: ignore[attr-defined]
+    return made
+
+
+def document_ids(packed: PackedSeqParams, length: int) -> Tensor:
+    """[1, l]: for each token the number of its document."""
+    ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    return torch.searchsorted(ends[1:], torch.arange(length, dtype=ends.dtype, device=ends.device), right=True).unsqueeze(0)
+
+
+def sharded_rows(
+    weight: torch.nn.Parameter, key: str, rows: Rows, total: int, replica_id: tuple[int, int, int]
+) -> ShardedTensor | ShardedTensorFactory:
+    """A parameter as the given rows of a global tensor of `total` rows; pieces are views of it, in its order."""
+
+    def build(key: str, tensor: Tensor, replica_id: Any, flattened_range: None) -> list[ShardedTensor]:
+        pieces: Sequence[Tensor] = [tensor] if len(rows) == 1 else tensor.detach().split([length for _, length in rows])
+        rest = tuple(tensor.shape[1:])
+        zeros = (0,) * len(rest)
+        return [
+            # axis_fragmentations=None: an uneven cut, whose cover of the whole torch checks at save
+            ShardedTensor(key, piece, piece.dtype, tuple(piece.shape), (total, *rest), (start, *zeros), None, replica_id)
+            for piece, (start, _) in zip(pieces, rows, strict=True)
+        ]
+
+    if len(rows) == 1:
+        return build(key, weight, replica_id, None)[0]
+    return ShardedTensorFactory(key, weight, build, torch.cat, replica_id)
+
+
+# megatron-core's own versions of these two sum in place and lose the sum of a non-contiguous tensor (mappings.py:29)
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class SumGradient(torch.autograd.Function):
+    """The same tensor on all ranks, each of which uses it for something else: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _summed(gradient, ctx.group), None
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of the ranks' tensors, of which each rank makes other use: the gradient too is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _summed(gradient, ctx.group), None
