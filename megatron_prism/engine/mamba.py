@@ -1,6 +1,6 @@
 """The Mamba-2 mixer, plugged into megatron-core's MambaLayer by `mixer_spec`: cut by heads over tensor-parallel ranks, as many as one likes.
 
-Owns: projections, convolution, scan and gated norm of one rank, their start values, their place in a checkpoint, the state of cached decoding.
+Owns: projections, convolution, scan and gated norm of one rank, their start values, the state of cached decoding (`mamba_share` knows which rows).
 B and C belong to groups of heads. Where tp divides the groups each rank makes its own; where ranks outnumber them (one group in most models) every
 rank makes them all from a replicated projection, and their gradient, of which a rank's heads give a share only, is summed after the convolution.
 Refuses (by assertion; plans are checked before): context parallelism, and sizes that tp does not cut evenly.
@@ -8,14 +8,13 @@ Legend: s sequence, b batch, l the same sequence after the batch, d channels, h 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import Tensor
 
+from megatron_prism.engine.mamba_share import Rows, Share, replicates_groups, sharded_rows, shifted
 from megatron_prism.families.model_config import MambaConfig
 from megatron_prism.kernels.causal_conv1d import causal_conv1d
 from megatron_prism.kernels.ssd_scan import ssd_scan
@@ -37,9 +37,6 @@ A_RANGE = (1.0, 16.0)
 """-A at the start, uniform (Dao & Gu 2024)"""
 STEP_RANGE = (1e-3, 1e-1)
 """softplus(dt_bias) at the start, log-uniform"""
-
-Rows = tuple[tuple[int, int], ...]
-"""(start, length) of rows of a global tensor, in the order in which a rank holds them"""
 
 
 def mixer_spec(transformer_engine: bool, mamba: MambaConfig, tp: int, *, norm: type, bias_dropout_add: Callable[..., Any]) -> ModuleSpec:
@@ -64,11 +61,6 @@ def mixer_spec(transformer_engine: bool, mamba: MambaConfig, tp: int, *, norm: t
     return ModuleSpec(module=MambaLayer, submodules=submodules)
 
 
-def replicates_groups(mamba: MambaConfig, tp: int) -> bool:
-    """Whether every rank makes all of B and C, because ranks outnumber the groups."""
-    return mamba.num_groups % tp != 0
-
-
 class InputNorm:
     """The norm before the mixer with the model's epsilon, which MambaLayer does not hand on."""
 
@@ -82,83 +74,6 @@ class MixerSubmodules:
 
     in_proj: type
     out_proj: type
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one tensor-parallel rank holds of a mixer. Global rows are Hugging Face's: in_proj [z|x|B|C|dt], convolution [x|B|C]."""
-
-    mamba: MambaConfig
-    tp: int
-    rank: int
-
-    def __post_init__(self) -> None:
-        groups, heads = self.mamba.num_groups, self.mamba.num_heads
-        assert heads % self.tp == 0 and heads % groups == 0, f"tp={self.tp} and {groups} groups must divide {heads} Mamba heads"
-        for count in (groups, self.mamba.norm_groups):
-            assert count % self.tp == 0 or self.tp % count == 0, f"tp={self.tp} must divide {count} Mamba groups, or they tp"
-
-    @property
-    def heads(self) -> int:
-        return self.mamba.num_heads // self.tp
-
-    @property
-    def inner(self) -> int:
-        """Channels of x, z and the output."""
-        return self.mamba.d_inner // self.tp
-
-    @property
-    def replicated(self) -> bool:
-        return replicates_groups(self.mamba, self.tp)
-
-    @property
-    def groups(self) -> int:
-        """Groups whose B and C this rank makes."""
-        return self.mamba.num_groups if self.replicated else self.mamba.num_groups // self.tp
-
-    @property
-    def bc(self) -> int:
-        """Channels of B and C together."""
-        return 2 * self.groups * self.mamba.state_dim
-
-    @property
-    def own_groups(self) -> slice:
-        """The groups of this rank's heads among those that it makes."""
-        first = self.rank * self.mamba.num_groups // self.tp if self.replicated else 0
-        return slice(first, first + max(self.mamba.num_groups // self.tp, 1))
-
-    @property
-    def inner_rows(self) -> Rows:
-        return ((self.rank * self.inner, self.inner),)
-
-    @property
-    def head_rows(self) -> Rows:
-        return ((self.rank * self.heads, self.heads),)
-
-    @property
-    def bc_rows(self) -> Rows:
-        """Rows of [B|C] alone."""
-        if self.replicated:
-            return ((0, self.bc),)
-        half = self.bc // 2
-        return ((self.rank * half, half), (self.mamba.bc_size // 2 + self.rank * half, half))
-
-    @property
-    def conv_rows(self) -> Rows:
-        """Rows of `conv1d`, that is without replicated B and C."""
-        return self.inner_rows if self.replicated else (*self.inner_rows, *shifted(self.bc_rows, self.mamba.d_inner))
-
-    @property
-    def in_proj_rows(self) -> Rows:
-        """Rows of `in_proj`, that is without replicated B and C."""
-        d_inner = self.mamba.d_inner
-        heads = shifted(self.head_rows, 2 * d_inner + self.mamba.bc_size)
-        return (*self.inner_rows, *shifted(self.conv_rows, d_inner), *heads)
-
-
-def shifted(rows: Rows, by: int) -> Rows:
-    """The same rows, further down."""
-    return tuple((start + by, length) for start, length in rows)
 
 
 class MambaMixer(MegatronModule):
@@ -367,26 +282,6 @@ def document_ids(packed: PackedSeqParams, length: int) -> Tensor:
     """[1, l]: for each token the number of its document."""
     ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
     return torch.searchsorted(ends[1:], torch.arange(length, dtype=ends.dtype, device=ends.device), right=True).unsqueeze(0)
-
-
-def sharded_rows(
-    weight: torch.nn.Parameter, key: str, rows: Rows, total: int, replica_id: tuple[int, int, int]
-) -> ShardedTensor | ShardedTensorFactory:
-    """A parameter as the given rows of a global tensor of `total` rows; pieces are views of it, in its order."""
-
-    def build(key: str, tensor: Tensor, replica_id: Any, flattened_range: None) -> list[ShardedTensor]:
-        pieces: Sequence[Tensor] = [tensor] if len(rows) == 1 else tensor.detach().split([length for _, length in rows])
-        rest = tuple(tensor.shape[1:])
-        zeros = (0,) * len(rest)
-        return [
-            # axis_fragmentations=None: an uneven cut, whose cover of the whole torch checks at save
-            ShardedTensor(key, piece, piece.dtype, tuple(piece.shape), (total, *rest), (start, *zeros), None, replica_id)
-            for piece, (start, _) in zip(pieces, rows, strict=True)
-        ]
-
-    if len(rows) == 1:
-        return build(key, weight, replica_id, None)[0]
-    return ShardedTensorFactory(key, weight, build, torch.cat, replica_id)
 
 
 # megatron-core's own versions of these two sum in place and lose the sum of a non-contiguous tensor (mappings.py:29)
