@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_prism import artifact
+from megatron_prism import artifact, families
 from megatron_prism.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -233,6 +233,14 @@ def declared_dtype(config: dict[str, Any]) -> torch.dtype | None:
     name = config.get("dtype") or config.get("torch_dtype")
     found = getattr(torch, str(name).removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else None
+
+
+def publish_config(config_file: Path) -> None:
+    """Add what older readers need of a config.json (`families.export_config`). One that lacks nothing stays byte for byte as it is."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    exported = families.export_config(config)
+    if exported != config:
+        artifact.write_atomic(config_file, json.dumps(exported, indent=2, ensure_ascii=False) + "\n")
 
 
 def declare_dtype(config_file: Path, dtype: torch.dtype) -> None:

@@ -76,8 +76,8 @@ def export_hf(checkpoint: Path, output: Path, dtype: str | None = None, max_shar
     """Write a Hugging Face folder from a checkpoint of any layout, or from a run (its newest complete checkpoint).
 
     Weights that were trained in bf16 are taken from their fp32 masters. dtype: None gives each tensor the type that it had in the Hugging Face
-    model. config.json stays as it was, byte for byte, unless a type given here differs from the one it declares; it is written last, and without
-    it nothing loads the folder.
+    model. config.json stays as it was, byte for byte, unless a type given here differs from the one it declares, or transformers 4.57 would misread
+    it (`families.export_config`); it is written last, and without it nothing loads the folder.
     Errors: UserError for a checkpoint that is half-written, lacks a tensor, or has one of another shape.
     """
     return write_hf(run_folder.resolve(checkpoint), output, dtype, max_shard_bytes)
@@ -96,6 +96,7 @@ def write_hf(folder: Path, output: Path, dtype: str | None = None, max_shard_byt
     hf.write_weights(output, plan, _hf_tensors(names, family, model), max_shard_bytes)
     temporary = output / ".config.json.tmp"
     shutil.copyfile(folder / HF / "config.json", temporary)
+    hf.publish_config(temporary)
     if wanted is not None:
         hf.declare_dtype(temporary, wanted)
     temporary.replace(output / "config.json")

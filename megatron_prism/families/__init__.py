@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prism.errors import UserError
+from megatron_prism.families.export_form import export_config
 from megatron_prism.families.family import Family
 from megatron_prism.families.granite import GRANITE
 from megatron_prism.families.granite_moe_hybrid import GRANITE_MOE_HYBRID
@@ -15,6 +16,23 @@ from megatron_prism.families.nemotron_h import NEMOTRON_H
 from megatron_prism.families.smollm3 import SMOLLM3
 
 FAMILIES = {family.hf_type: family for family in (LLAMA, MISTRAL, GRANITE, GRANITE_MOE_HYBRID, SMOLLM3, NEMOTRON_H)}
+
+_PUBLISHED = Path(__file__).parent / "published"
+PUBLISHED = tuple(sorted(path.stem for path in _PUBLISHED.glob("*.json")))
+"""models whose true config is here, by name (see `published`)"""
+
+__all__ = ["FAMILIES", "PUBLISHED", "Family", "ModelConfig", "export_config", "find", "load", "published", "read_config"]
+
+
+def published(name: str) -> dict[str, Any]:
+    """The config.json of one of `PUBLISHED`, in the form in which it was published; its `_source` says where that was read.
+
+    Errors: UserError for another name.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"no config of a model called {name!r} is kept here; known: {', '.join(PUBLISHED)}")
+    config: dict[str, Any] = json.loads((_PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
+    return config
 
 
 def find(hf_config: dict[str, Any]) -> Family:

@@ -18,14 +18,21 @@ from megatron_prism.families.rules import CopyGateUp
 SYMBOLS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*"}
 """a layer's kind, as published and as transformers 5 writes it -> symbol"""
 LAYERS = ("num_hidden_layers", "layer_types", "layers_block_type")
-MAMBA = tuple(f"mamba_{name}" for name in "n_heads n_groups d_state d_head d_conv expand chunk_size conv_bias proj_bias".split())
+MAMBA = {
+    "mamba_n_heads": ("num_heads", 128),
+    "mamba_d_state": ("state_dim", 256),
+    "mamba_n_groups": ("num_groups", 1),
+    "mamba_d_conv": ("conv_kernel", 4),
+    "mamba_chunk_size": ("chunk_size", 256),
+}
+"""config.json key -> MambaConfig field, default"""
+_MIXER = (*MAMBA, "mamba_d_head", "mamba_expand", "mamba_conv_bias", "time_step_limit")
 
 
 def _no_experts(config: Config) -> Mapping[str, Any]:
-    if config.get("num_local_experts", 8) not in (0, None):
-        raise UserError(
-            f"num_local_experts={config.get('num_local_experts', 8)} is not supported: only models without experts (transformers' default: 8)"
-        )
+    experts = config.get("num_local_experts", 8)
+    if experts != 0:
+        raise UserError(f"num_local_experts={experts!r} is not supported; only 0, a model without experts (left out, transformers takes 8)")
     return {}
 
 
@@ -42,23 +49,11 @@ def _layers(config: Config) -> Mapping[str, Any]:
 
 
 def _mamba(config: Config) -> MambaConfig:
-    heads, groups = size(config, "mamba_n_heads", 128), size(config, "mamba_n_groups", 1)
-    inner = size(config, "mamba_expand", 2) * size(config, "hidden_size")
+    heads, inner = size(config, "mamba_n_heads", 128), size(config, "mamba_expand", 2) * size(config, "hidden_size")
     head_dim = inner // heads if config.get("mamba_d_head") in (None, "auto") else size(config, "mamba_d_head")
     if heads * head_dim != inner:
         raise UserError(f"mamba_n_heads={heads} times mamba_d_head={head_dim} must be mamba_expand times hidden_size, {inner}")
-    block = MambaConfig(
-        num_heads=heads,
-        head_dim=head_dim,
-        state_dim=size(config, "mamba_d_state", 256),
-        num_groups=groups,
-        conv_kernel=size(config, "mamba_d_conv", 4),
-        chunk_size=size(config, "mamba_chunk_size", 256),
-        norm_groups=groups,
-        time_step_limit=mamba_config.limits(config),
-        conv_bias=mamba_config.switch(config, "mamba_conv_bias", True),
-    )
-    return mamba_config.checked(block, "mamba_n_heads", "mamba_n_groups")
+    return mamba_config.block(config, MAMBA, "mamba_conv_bias", head_dim=head_dim, time_step_limit=mamba_config.limits(config))
 
 
 def _positions(config: Config) -> Mapping[str, Any]:
@@ -85,7 +80,7 @@ GRANITE_MOE_HYBRID: Family = replace(
     },
     features={
         ("num_local_experts",): _no_experts,
-        (*LAYERS, *MAMBA, "time_step_limit"): _layers,
+        (*LAYERS, *_MIXER): _layers,
         (*rope_config.KEYS, "position_embedding_type"): _positions,
     },
     ignored=("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef", "init_method"),

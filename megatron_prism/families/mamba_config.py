@@ -3,10 +3,11 @@
 Owns: reading them. Refuses: heads that groups do not divide, and limits that are no interval. No torch.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_prism.errors import UserError
-from megatron_prism.families.family import Config
+from megatron_prism.families.family import Config, size
 from megatron_prism.families.model_config import MambaConfig
 
 NO_LIMIT = (0.0, float("inf"))
@@ -26,16 +27,22 @@ def limits(config: Config, key: str = "time_step_limit") -> tuple[float, float]:
     return low, high
 
 
-def checked(mamba: MambaConfig, heads: str, groups: str) -> MambaConfig:
-    """The block, once its groups divide its heads. heads, groups: config.json's keys, for the message. Errors: UserError."""
-    if mamba.num_heads % mamba.num_groups:
-        raise UserError(f"{heads}={mamba.num_heads} must be a multiple of {groups}={mamba.num_groups}")
-    return mamba
-
-
-def switch(config: Config, key: str, default: bool) -> bool:
-    """A key that is true or false. Errors: UserError when it is something else."""
-    value: Any = default if config.get(key) is None else config[key]
+def _switch(config: Config, key: str) -> bool:
+    value: Any = True if config.get(key) is None else config[key]
     if not isinstance(value, bool):
         raise UserError(f"config.json says {key}={value!r}; it must be true or false")
     return value
+
+
+def block(config: Config, sizes: Mapping[str, tuple[str, int]], conv_bias: str, **values: Any) -> MambaConfig:
+    """The mixer of a config.json. sizes: key -> (MambaConfig field, default); conv_bias: the key of that switch; values: fields read otherwise.
+
+    Errors: UserError for a size that is none, or groups that do not divide the heads.
+    """
+    read: dict[str, Any] = {field: size(config, key, default) for key, (field, default) in sizes.items()}
+    groups = read["num_groups"]
+    mamba = MambaConfig(**read, **values, norm_groups=groups, conv_bias=_switch(config, conv_bias))
+    if mamba.num_heads % groups:
+        names = {field: key for key, (field, _) in sizes.items()}
+        raise UserError(f"{names['num_heads']}={mamba.num_heads} must be a multiple of {names['num_groups']}={groups}")
+    return mamba

@@ -11,12 +11,19 @@ from megatron_prism.errors import UserError
 from megatron_prism.families import mamba_config
 from megatron_prism.families.blocks import EMBEDDING, attention, final_norm, mamba, mlp_out, output_layer
 from megatron_prism.families.family import Config, Family, size
-from megatron_prism.families.model_config import MambaConfig
 from megatron_prism.families.rules import Copy
 
 SYMBOLS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-"}
 LAYERS = ("hybrid_override_pattern", "layers_block_type", "layer_types", "num_hidden_layers")
-MAMBA = tuple("mamba_num_heads mamba_head_dim ssm_state_size n_groups conv_kernel chunk_size use_conv_bias time_step_min time_step_limit".split())
+MAMBA = {
+    "mamba_num_heads": ("num_heads", 128),
+    "mamba_head_dim": ("head_dim", 64),
+    "ssm_state_size": ("state_dim", 128),
+    "n_groups": ("num_groups", 8),
+    "conv_kernel": ("conv_kernel", 4),
+    "chunk_size": ("chunk_size", 128),
+}
+"""config.json key -> MambaConfig field, default"""
 _LAYER, _EMBEDDING = "backbone.layers.{i}.", replace(EMBEDDING, hf="backbone.embeddings.weight")
 _MIXER, _NORM, _FC1 = _LAYER + "mixer.", _LAYER + "norm.weight", "decoder.layers.mlp.linear_fc1."
 
@@ -25,7 +32,10 @@ def _layers(config: Config) -> Mapping[str, Any]:
     kinds = config.get("layers_block_type") or config.get("layer_types")
     pattern = config.get("hybrid_override_pattern") or "" if kinds is None else "".join(SYMBOLS.get(kind, "E") for kind in kinds)
     if not pattern or set(pattern) - set("M*-"):
-        raise UserError(f"layers {kinds or pattern!r} are not supported for nemotron_h; only M (mamba), * (attention) and - (mlp): no experts")
+        raise UserError(
+            f"hybrid_override_pattern or layers_block_type={kinds or pattern!r} is not supported for nemotron_h; "
+            "only M (mamba), * (attention) and - (mlp), no experts"
+        )
     count = config.get("num_hidden_layers")
     if count not in (None, len(pattern)):
         raise UserError(f"num_hidden_layers={count} differs from the {len(pattern)} layers of hybrid_override_pattern {pattern}")
@@ -41,20 +51,10 @@ def _layers(config: Config) -> Mapping[str, Any]:
 def _mamba(config: Config) -> Mapping[str, Any]:
     if mamba_config.limits(config) != mamba_config.NO_LIMIT:
         raise UserError(f"time_step_limit={config['time_step_limit']!r} is not supported for nemotron_h: its limits are time_step_min and infinity")
-    groups, low = size(config, "n_groups", 8), config.get("time_step_min")
-    block = MambaConfig(
-        num_heads=size(config, "mamba_num_heads", 128),
-        head_dim=size(config, "mamba_head_dim", 64),
-        state_dim=size(config, "ssm_state_size", 128),
-        num_groups=groups,
-        conv_kernel=size(config, "conv_kernel", 4),
-        chunk_size=size(config, "chunk_size", 128),
-        norm_groups=groups,
-        # what transformers computes with; it reads neither time_step_limit nor time_step_max here
-        time_step_limit=mamba_config.limits({"time_step_min": [0.001 if low is None else low, float("inf")]}, "time_step_min"),
-        conv_bias=mamba_config.switch(config, "use_conv_bias", True),
-    )
-    return {"mamba": mamba_config.checked(block, "mamba_num_heads", "n_groups")}
+    low = 0.001 if config.get("time_step_min") is None else config["time_step_min"]
+    # what transformers computes with; it reads neither time_step_limit nor time_step_max here
+    limit = mamba_config.limits({"time_step_min": [low, float("inf")]}, "time_step_min")
+    return {"mamba": mamba_config.block(config, MAMBA, "use_conv_bias", time_step_limit=limit)}
 
 
 def _head_dim(config: Config) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ NEMOTRON_H = Family(
         "num_nextn_predict_layers": (0,),
         **dict.fromkeys(_OFF, (False,)),
     },
-    features={LAYERS: _layers, MAMBA: _mamba, ("head_dim", "attention_head_dim"): _head_dim},
+    features={LAYERS: _layers, (*MAMBA, "use_conv_bias", "time_step_min", "time_step_limit"): _mamba, ("head_dim", "attention_head_dim"): _head_dim},
     ignored=tuple(
         # of the experts that no layer has, of the initial weights, of kernels and caches; rms_norm_eps: layer_norm_epsilon is the one that is read
         "n_routed_experts n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size moe_shared_expert_overlap "
