@@ -50,17 +50,12 @@ class Choice:
 
 
 def choices(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int = TOKENS_PER_STEP) -> list[Choice]:
-    """Every layout that the model allows (bf16, micro-batches of one sequence, stages of equal length), the quickest first.
-
-    Errors: UserError when there is none.
-    """
+    """Every layout that the model allows (bf16, micro-batches of one sequence, stages of equal length), the quickest first."""
     found = [
         Choice(plan, recompute, memory(model, plan, seq_len, True, recompute), _relative_time(model, plan, seq_len, recompute))
         for plan in _plans(model, gpus, seq_len, tokens_per_step)
         for recompute in (None, "full")
     ]
-    if not found:
-        raise UserError(f"no layout of {gpus} GPUs fits this model with {seq_len} tokens a sequence; try a power of two, at most {GPUS_PER_NODE}")
     return sorted(found, key=lambda choice: choice.relative_time)
 
 

@@ -37,9 +37,9 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def local_bc_size(model: ModelConfig, tp: int) -> int:
-    """Channels of B and C on one of tp ranks: groups are cut over the ranks, and shared by them where there are fewer groups than ranks."""
+    """Channels of B and C on one of tp ranks: groups are cut over the ranks; every rank makes all of them where ranks outnumber the groups."""
     assert model.mamba is not None
-    return 2 * model.mamba.state_dim * max(model.mamba.num_groups // tp, 1)
+    return model.mamba.bc_size if model.mamba.num_groups % tp else model.mamba.bc_size // tp
 
 
 def _attention(model: ModelConfig, tp: int) -> int:
