@@ -104,6 +104,7 @@ def test_a_wheel_has_the_linked_folders_under_our_name_alone(clone: Path, python
     assert {name.split("/")[0] for name in names} == {"megatron_prism", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
     ours = {str(path.relative_to(clone)) for part in ("kernels", "data_prep", "launch") for path in (clone / part).rglob("*.py")}
     assert {f"megatron_prism/{name}" for name in ours} <= names
+    assert "megatron_prism/families/published/llama-3.1-8b.json" in names
     assert "megatron_prism/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
 
     _install(python, wheel)
