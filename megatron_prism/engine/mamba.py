@@ -104,8 +104,8 @@ class MambaMixer(MegatronModule):
         self.out_proj = build_module(submodules.out_proj, mamba.d_inner, d_model, **row, **shared)
         with get_cuda_rng_tracker().fork():
             self.conv1d = Convolution(sum(length for _, length in share.conv_rows), mamba, config, parallel=True)
-            steps = torch.empty(share.heads).uniform_(*map(math.log, STEP_RANGE)).exp()
-            decays = torch.empty(share.heads).uniform_(*A_RANGE)
+            steps = torch.empty(share.heads, device=init_device(config)).uniform_(*map(math.log, STEP_RANGE)).exp()
+            decays = torch.empty(share.heads, device=init_device(config)).uniform_(*A_RANGE)
         if share.replicated:  # drawn from the generator that all tensor-parallel ranks have in common
             self.bc_proj = torch.nn.Linear(d_model, mamba.bc_size, bias=False, dtype=config.params_dtype, device=init_device(config))
             config.init_method(self.bc_proj.weight)
@@ -221,10 +221,10 @@ class Convolution(torch.nn.Module):
 
     def __init__(self, channels: int, mamba: MambaConfig, config: TransformerConfig, parallel: bool) -> None:
         super().__init__()
-        bound = mamba.conv_kernel**-0.5
-        weight = torch.empty(channels, 1, mamba.conv_kernel).uniform_(-bound, bound)
-        self.weight = parameter(weight, config.params_dtype, config, parallel)
-        self.bias = parameter(torch.empty(channels).uniform_(-bound, bound), config.params_dtype, config, parallel) if mamba.conv_bias else None
+        bound, dtype, device = mamba.conv_kernel**-0.5, config.params_dtype, init_device(config)
+        weight = torch.empty(channels, 1, mamba.conv_kernel, device=device).uniform_(-bound, bound)
+        self.weight = parameter(weight, dtype, config, parallel)
+        self.bias = parameter(torch.empty(channels, device=device).uniform_(-bound, bound), dtype, config, parallel) if mamba.conv_bias else None
 
     def forward(self, x_bld: Tensor, documents: Tensor | None, past_bdk: Tensor | None) -> tuple[Tensor, Tensor]:
         """-> silu of the convolution [b, l, d], and the last inputs [b, d, k - 1]."""

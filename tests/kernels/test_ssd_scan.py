@@ -95,11 +95,14 @@ def test_single_and_half_precision_are_computed_in_fp32():
 
 
 def test_long_decays_keep_their_digits_in_fp32():
-    """A running sum of 300 steps of -16 x 0.1 has 2e-5 of rounding error; what is left of a token one step later must not have it."""
+    """A running sum of 300 steps of -16 x 0.1 ends in 1e-5 of rounding error; what is left of a token one step later must not have it.
+
+    Measured 7.5e-8, and 1.4e-6 with sums in fp32.
+    """
     given = inputs(300, dtype=torch.float32)
     given = {**given, "a": torch.full((HEADS,), -16.0), "dt": torch.full_like(given["dt"], math.log(math.expm1(0.1))), "dt_bias": torch.zeros(HEADS)}
     wide = {name: tensor.detach().double() for name, tensor in given.items()}
-    assert_equal([scan(given, 300)[0].double()], [scan(wide, 300)[0]], 2e-6)
+    assert_equal([scan(given, 300)[0].double()], [scan(wide, 300)[0]], 3e-7)
 
 
 @pytest.mark.parametrize("cuts", [(3,), (4, 8), (1, 2, 3, 10)])
