@@ -75,6 +75,21 @@ def test_published_models_have_their_true_size_and_every_tensor_of_transformers(
     assert families.export_config(config) == config and config["_source"]
 
 
+@pytest.mark.parametrize("name", families.PUBLISHED)
+def test_published_models_can_be_cut_over_many_ranks_and_put_together_again(name):
+    """Shapes alone, on the meta device. A Mamba mixer's tensors are whole here: the mixer cuts them itself."""
+    ranks = 4 if name == "smollm3-3b-base" else 8  # it has 4 key and value heads
+    model, family = read(families.published(name)), families.find(families.published(name))
+    for rule in {entry.rule.key: entry.rule for entry in family.rules(model)}.values():
+        sections = rule.sections([torch.empty(part.shape, device="meta") for part in rule.parts(model)], model)
+        whole = torch.cat(sections)
+        assert whole.shape == rule.shape(model)
+        assert [tuple(tensor.shape) for tensor in rule.split(whole, model)] == [part.shape for part in rule.parts(model)]
+        if rule.tp_axis is not None:
+            assert all(section.shape[rule.tp_axis] % ranks == 0 for section in sections), rule.key
+    assert model.num_query_groups % ranks == 0 and (model.mamba is None or model.mamba.num_heads % ranks == 0)
+
+
 def test_all_models_of_the_paper_and_smollm3_are_there():
     assert set(families.PUBLISHED) == set(SIZES)
     with pytest.raises(UserError, match=r"'gpt-4'.*llama-3\.1-8b"):
