@@ -79,9 +79,10 @@ def test_outputs_and_gradients_are_those_of_transformers(name, groups):
     assert max(wrong.values()) < HF_BOUND, wrong
 
 
+@pytest.mark.timeout(600)
 def test_every_layout_gives_one_ranks_outputs_and_gradients_and_its_checkpoint_comes_back_bit_for_bit(run_ranks, folder):
     """Planted faults are inside: a mixer that forgets to sum B's and C's gradient, their weight's, or the norm's squares is seen."""
-    run_ranks(Path(ranks_script.__file__), 4, str(folder))
+    run_ranks(Path(ranks_script.__file__), 4, str(folder), timeout=500)
     place = mesh(1)
     for name, groups in CASES.items():
         before, *after = (load(layer(sizes(*groups), place), place, folder / which) for which in (name, f"{name}_tp2", f"{name}_tp4"))
