@@ -48,6 +48,8 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
     optimizer = get_megatron_optimizer(settings, model)
+    for part in optimizer.chained_optimizers:
+        _order_by_type(part)
     for chunk in model:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
@@ -58,6 +60,17 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         if several:
             schedule.grad_sync_func = [chunk.start_grad_sync for chunk in model]
     return optimizer
+
+
+def _order_by_type(part: Any) -> None:
+    """Make the distributed optimizer find each weight's state in groups that hold both fp32 and bf16 weights.
+
+    megatron-core puts a group's fp32 weights first (distrib_optimizer.py:440), but notes their places in the order of the gradient buffers (:300):
+    with both types in one group, a save or a load takes one weight's state for another's.
+    """
+    for index, (fp32, bf16) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
+        for order, weight in enumerate([*fp32, *bf16]):
+            part.model_param_group_index_map[weight] = (index, order)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
