@@ -39,6 +39,8 @@ COMPLETE = "COMPLETE"
 PROVENANCE = "provenance.json"
 CONFIG = "config.toml"
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_hash")
+"""what provenance keeps of each earlier session, when a run that was stopped goes on"""
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
 HASHED_END_BYTES = 1 << 16
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -67,6 +69,10 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
     }
     _check_free(folder, kind, config, parents)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / PROVENANCE).is_file() and not is_complete(folder):
+        before = _read_json(folder / PROVENANCE)
+        session = {key: before[key] for key in SESSION if key in before}
+        provenance["earlier_sessions"] = [*before.get("earlier_sessions", []), session]
     if is_complete(folder):
         (folder / COMPLETE).unlink()
         sync_folder(folder)  # the mark is gone for good before anything else changes

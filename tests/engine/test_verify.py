@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, write_llama
 
 from megatron_prism.engine import verify, weights
@@ -86,3 +87,8 @@ def test_smollm2_is_the_same_model(tmp_path):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert "Paris" in tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
+    tensors = load_file(exported / "model.safetensors")
+    tensors["model.layers.29.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, exported / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="not the same model"):
+        verify.verify(checkpoint, exported)
