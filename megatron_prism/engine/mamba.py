@@ -27,10 +27,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_prism.engine.mamba_share import Rows, Share, replicates_groups, sharded_rows, shifted
 from megatron_prism.families.model_config import MambaConfig
 from megatron_prism.kernels.causal_conv1d import causal_conv1d
+from megatron_prism.kernels.gated_norm import gated_norm
 from megatron_prism.kernels.ssd_scan import ssd_scan
 
 A_RANGE = (1.0, 16.0)
@@ -128,11 +130,12 @@ class MambaMixer(MegatronModule):
         inference_context: a static one; its `key_value_memory_dict[layer_number]` keeps the last inputs of the convolution and the scan's state.
         packed_seq_params: documents lie end to end in a batch of 1, and each starts from nothing.
         """
+        decoding = inference_context is not None
         past_conv, past_scan = self._past(inference_context)
         projected_sbd, _ = self.in_proj(hidden_states)
         documents = None if packed_seq_params is None else document_ids(packed_seq_params, projected_sbd.shape[0])
         z_sbd, x_or_xbc, dt = projected_sbd.split([self.share.inner, sum(length for _, length in self.share.conv_rows), self.share.heads], dim=-1)
-        x_blhp, b_blgn, c_blgn, conv_state = self._convolve(x_or_xbc.transpose(0, 1), hidden_states, documents, past_conv)
+        x_blhp, b_blgn, c_blgn, conv_state = self._convolve(x_or_xbc.transpose(0, 1), hidden_states, documents, past_conv, decoding)
         scanned = ssd_scan(
             x_blhp,
             dt.transpose(0, 1),
@@ -145,9 +148,9 @@ class MambaMixer(MegatronModule):
             time_step_limit=self.mamba.time_step_limit,
             initial_state_bhpn=past_scan,
             document_bl=documents,
-            return_state=True,
+            return_state=decoding,
         )
-        y_blhp, scan_state = cast(tuple[Tensor, Tensor], scanned)
+        y_blhp, scan_state = scanned if isinstance(scanned, tuple) else (scanned, None)
         if inference_context is not None:
             inference_context.key_value_memory_dict[self.layer_number] = (conv_state, scan_state)
         out, _ = self.out_proj(self.norm(y_blhp.flatten(2).transpose(0, 1), z_sbd))
@@ -164,18 +167,18 @@ class MambaMixer(MegatronModule):
         return states
 
     def _convolve(
-        self, x_or_xbc_bld: Tensor, hidden_states: Tensor, documents: Tensor | None, past_bdk: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> x, B and C of this rank's heads, and the last inputs [b, d, k - 1] of all of them."""
+        self, x_or_xbc_bld: Tensor, hidden_states: Tensor, documents: Tensor | None, past_bdk: Tensor | None, decoding: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """-> x, B and C of this rank's heads, and, decoding, the last inputs [b, d, k - 1] of all of them."""
         share = self.share
         if share.replicated:
             past_x, past_bc = (None, None) if past_bdk is None else past_bdk.split([share.inner, share.bc], dim=1)
-            x_bld, state_x = self.conv1d(x_or_xbc_bld, documents, past_x)
-            bc_bld, state_bc = self.bc_conv1d(self._project_bc(hidden_states).transpose(0, 1), documents, past_bc)
+            x_bld, state_x = self.conv1d(x_or_xbc_bld, documents, past_x, decoding)
+            bc_bld, state_bc = self.bc_conv1d(self._project_bc(hidden_states).transpose(0, 1), documents, past_bc, decoding)
             bc_bld = SumGradient.apply(bc_bld, self.tp_group)
-            state = torch.cat([state_x, state_bc], dim=1)
+            state = torch.cat([state_x, state_bc], dim=1) if decoding else None
         else:
-            xbc_bld, state = self.conv1d(x_or_xbc_bld, documents, past_bdk)
+            xbc_bld, state = self.conv1d(x_or_xbc_bld, documents, past_bdk, decoding)
             x_bld, bc_bld = xbc_bld.split([share.inner, share.bc], dim=-1)
         b_blgn, c_blgn = bc_bld.unflatten(-1, (2, share.groups, self.mamba.state_dim))[:, :, :, share.own_groups].unbind(2)
         return x_bld.unflatten(-1, (share.heads, self.mamba.head_dim)), b_blgn, c_blgn, state
@@ -226,15 +229,15 @@ class Convolution(torch.nn.Module):
         self.weight = parameter(weight, dtype, config, parallel)
         self.bias = parameter(torch.empty(channels, device=device).uniform_(-bound, bound), dtype, config, parallel) if mamba.conv_bias else None
 
-    def forward(self, x_bld: Tensor, documents: Tensor | None, past_bdk: Tensor | None) -> tuple[Tensor, Tensor]:
-        """-> silu of the convolution [b, l, d], and the last inputs [b, d, k - 1]."""
+    def forward(self, x_bld: Tensor, documents: Tensor | None, past_bdk: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor | None]:
+        """-> silu of the convolution [b, l, d], and, decoding, the last inputs [b, d, k - 1]."""
         weight_dk = self.weight.squeeze(1)
-        out = causal_conv1d(x_bld, weight_dk, self.bias, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=True)
-        return cast(tuple[Tensor, Tensor], out)
+        out = causal_conv1d(x_bld, weight_dk, self.bias, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=decoding)
+        return out if isinstance(out, tuple) else (out, None)
 
 
 class GatedNorm(torch.nn.Module):
-    """norm(y * silu(z)) * weight, each of the norm groups normalised alone, in fp32; rounded as transformers' gated norms do.
+    """norm(y * silu(z)) * weight, each of the norm groups normalised alone.
 
     Where tp cuts a norm group apart, its sum of squares goes around.
     """
@@ -246,16 +249,22 @@ class GatedNorm(torch.nn.Module):
 
     def forward(self, y_sbd: Tensor, z_sbd: Tensor) -> Tensor:
         """y, z [s, b, d] -> [s, b, d] in y's type."""
-        total, tp = self.share.mamba.norm_groups, self.share.tp
+        group_size = self.share.mamba.d_inner // self.share.mamba.norm_groups
+        if group_size <= self.share.inner:
+            return gated_norm(y_sbd, z_sbd, self.weight, group_size=group_size, eps=self.eps)
+        if not torch.is_grad_enabled():
+            return self._over_ranks(y_sbd, z_sbd)
+        return cast(Tensor, checkpoint(self._over_ranks, y_sbd, z_sbd, use_reentrant=False, preserve_rng_state=False))
+
+    def _over_ranks(self, y_sbd: Tensor, z_sbd: Tensor) -> Tensor:
+        """This rank's part of one group."""
+        total, tp, mamba = self.share.mamba.norm_groups, self.share.tp, self.share.mamba
         gated = y_sbd.float() * F.silu(z_sbd.float())
-        grouped = gated.unflatten(-1, (max(total // tp, 1), -1))
-        squares = grouped.square().sum(-1)
-        if total < tp:
-            own = self.share.rank * total // tp
-            squares = SumOverRanks.apply(F.pad(squares, (own, total - 1 - own)), self.tp_group)[..., own : own + 1]
-        scale = torch.rsqrt(squares / (self.share.mamba.d_inner // total) + self.eps)
-        normed = (grouped * scale.unsqueeze(-1)).flatten(-2).to(y_sbd.dtype)
-        return (self.weight * normed).contiguous()
+        own = self.share.rank * total // tp
+        squares = F.pad(gated.square().sum(-1, keepdim=True), (own, total - 1 - own))
+        squares = SumOverRanks.apply(squares, self.tp_group)[..., own : own + 1]
+        normed = gated * torch.rsqrt(squares / (mamba.d_inner // total) + self.eps)
+        return (self.weight * normed.to(y_sbd.dtype)).contiguous()
 
 
 def init_device(config: TransformerConfig) -> Any:

@@ -17,6 +17,7 @@ import torch
 from megatron_prism.kernels import choice
 from megatron_prism.kernels.causal_conv1d import causal_conv1d
 from megatron_prism.kernels.causal_conv1d import fused as fused_conv
+from megatron_prism.kernels.gated_norm import gated_norm
 from megatron_prism.kernels.ssd_scan import fused as fused_scan
 from megatron_prism.kernels.ssd_scan import ssd_scan
 
@@ -221,3 +222,22 @@ def test_what_the_libraries_cannot_do_falls_back_and_says_so_once(caplog):
     assert torch.equal(found[0], run_scan(scan, document_bl=documents(), impl="reference")[0])
     assert torch.equal(convolved[0], run_conv(conv, document_bl=documents(), impl="reference")[0])
     assert len(caplog.records) == 2, [record.getMessage() for record in caplog.records]
+
+
+@needs_mamba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gated_norm_kernel_is_the_reference(dtype):
+    """fp32: rounding; bf16: 8 bits, and the reference rounds once more, before the weight."""
+    draw = torch.Generator().manual_seed(3)
+    y, z, gradient = (torch.randn(33, 2, 256, generator=draw) for _ in range(3))
+    weight = 1 + 0.2 * torch.randn(256, generator=draw)
+    found = {}
+    for impl, kind in (("fused", dtype), ("reference", torch.float64)):
+        leaves = [cut_out_of_nan(x.to("cuda", kind)).requires_grad_() for x in (y.to(dtype), z.to(dtype))]
+        leaves.append(weight.to(dtype).to("cuda", kind).requires_grad_())
+        out = gated_norm(*leaves, group_size=64, eps=1e-5, impl=impl)
+        out.backward(gradient.to(dtype).to("cuda", kind))
+        found[impl] = [out, *(leaf.grad for leaf in leaves)]
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, exact in zip(found["fused"], found["reference"], strict=True):
+        assert (ours.double() - exact).abs().max() < bound * exact.abs().max()
