@@ -4,6 +4,7 @@ At a learning rate of 1e-30 no weight moves, and Adam's first moment is (1 - bet
 shape whatever the layout.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,10 +23,10 @@ BETA1 = 0.9
 NOTHING_MOVES = {"steps": 1, "optimizer__lr": 1e-30, "optimizer__clip_grad": None, "optimizer__betas": [BETA1, 0.95]}
 
 
-def write_all(root: Path) -> Path:
-    """Of every family: NAME/hf as transformers writes it, and NAME/checkpoint imported from it; `data`, the blend that `training.recipe` takes."""
+def write_all(root: Path, names: Iterable[str] = TINY) -> Path:
+    """Of every family, or those named: NAME/hf as transformers writes it, NAME/checkpoint imported from it; `data`, the blend of a `recipe`."""
     write_tiny_blend(root / "data", VOCAB_SIZE)
-    for name in TINY:
+    for name in names:
         write_tiny(name, root / name / "hf")
         convert.run(convert.Config(direction="import", source=root / name / "hf", output=root / name / "checkpoint"))
     return root

@@ -2,13 +2,12 @@
 
     pytest -m gpu tests/gpu/test_gpu_kernels.py
 
-Each Triton kernel is held to the smallest of its configurations, since trying them all takes minutes; the sums are the same in all of them.
+Each Triton kernel is held to the smallest of its configurations (see conftest); the sums are the same in all of them.
 """
 
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,23 +38,6 @@ def missing(library: str) -> bool:
 pytestmark = pytest.mark.gpu
 needs_mamba = pytest.mark.skipif(missing("mamba_ssm"), reason="needs CUDA and mamba-ssm")
 needs_conv = pytest.mark.skipif(missing("causal_conv1d"), reason="needs CUDA and causal-conv1d")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_configuration() -> Iterator[None]:
-    if missing("mamba_ssm"):
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("ssd_bmm", "ssd_chunk_scan", "ssd_chunk_state", "ssd_state_passing", "ssd_combined"):
-            for kernel in vars(importlib.import_module(f"mamba_ssm.ops.triton.{name}")).values():
-                if isinstance(getattr(kernel, "configs", None), list) and kernel.configs:
-                    patch.setattr(kernel, "configs", [min(kernel.configs, key=tile_size)])
-        yield
-
-
-def tile_size(config: Any) -> int:
-    return math.prod(size for name, size in config.kwargs.items() if name.startswith("BLOCK_SIZE"))
 
 
 def cut_out_of_nan(tensor: torch.Tensor) -> torch.Tensor:
