@@ -16,6 +16,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_prism.engine.device import backend
 from megatron_prism.planning.layout import ParallelPlan
 
+_layout: tuple[int, int, int | None, int] | None = None
+"""tp, pp, vpp and cp of the groups that exist: making them again costs seconds, and megatron-core never frees the old ones"""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -56,14 +59,18 @@ def start(device: torch.device, timeout_minutes: float = 30) -> None:
 
 
 def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
-    """Build megatron-core's groups for a plan (replacing earlier ones) and seed its random number trackers."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=plan.tp,
-        pipeline_model_parallel_size=plan.pp,
-        virtual_pipeline_model_parallel_size=plan.vpp,
-        context_parallel_size=plan.cp,
-    )
+    """Build megatron-core's groups for a plan, unless those of this layout are there already, and seed its random number trackers."""
+    global _layout
+    layout = (plan.tp, plan.pp, plan.vpp, plan.cp)
+    if _layout != layout:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=plan.tp,
+            pipeline_model_parallel_size=plan.pp,
+            virtual_pipeline_model_parallel_size=plan.vpp,
+            context_parallel_size=plan.cp,
+        )
+        _layout = layout
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Mesh(
@@ -79,6 +86,8 @@ def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
 
 def stop() -> None:
     """Leave the process groups, so that the process can end without warnings."""
+    global _layout
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
+        _layout = None
         dist.destroy_process_group()

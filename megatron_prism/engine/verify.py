@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_prism import families
 from megatron_prism.config import ParallelConfig
 from megatron_prism.engine import device, mcore, parallel
-from megatron_prism.engine.model import BuildOptions, build
+from megatron_prism.engine.model import BuildOptions, Chunk, build
 from megatron_prism.errors import UserError
 from megatron_prism.planning.layout import make_plan
 
@@ -66,23 +66,29 @@ def difference(ours: Tensor, reference: Tensor) -> Difference:
 
 def our_logits(checkpoint: Path, ids_bs: Tensor, through: torch.dtype | None = None) -> Tensor:
     """fp32 logits [b, s, vocab] of a checkpoint's model, built from its hf/config.json and loaded by megatron-core."""
-    _, model = families.load(checkpoint / "hf")
     started_here = not torch.distributed.is_initialized()
-    place = device.setup("cpu")
-    parallel.start(place)
     try:
-        plan = make_plan(model, ParallelConfig(), 1, ids_bs.shape[1], global_batch=1, micro_batch=1)
-        (chunk,) = build(model, parallel.build_mesh(plan, seed=SEED), BuildOptions(layers="local"), place)
-        state = {key: value for key, value in chunk.sharded_state_dict().items() if not key.endswith("_extra_state")}
-        chunk.load_state_dict(mcore.load_sharded(state, checkpoint / "sharded"), strict=False)
+        chunk = whole_model(checkpoint, ids_bs.shape[1])
         _round(chunk, through)
         positions_bs = torch.arange(ids_bs.shape[1]).expand_as(ids_bs)
         with torch.no_grad():
-            logits: Tensor = chunk.eval()(ids_bs, positions_bs, None)
+            logits: Tensor = chunk(ids_bs, positions_bs, None)
     finally:
         if started_here:
             parallel.stop()
-    return logits[..., : model.vocab_size].float()
+    return logits[..., : chunk.vocabulary].float()
+
+
+def whole_model(checkpoint: Path, seq_len: int) -> Chunk:
+    """A checkpoint's model on this CPU alone, fp32, for inference; joins a process group of one where there is none."""
+    _, model = families.load(checkpoint / "hf")
+    place = device.setup("cpu")
+    parallel.start(place)
+    plan = make_plan(model, ParallelConfig(), 1, seq_len, global_batch=1, micro_batch=1)
+    (chunk,) = build(model, parallel.build_mesh(plan, seed=SEED), BuildOptions(layers="local"), place)
+    state = {key: value for key, value in chunk.sharded_state_dict().items() if not key.endswith("_extra_state")}
+    chunk.load_state_dict(mcore.load_sharded(state, checkpoint / "sharded"), strict=False)
+    return chunk.eval()
 
 
 def transformers_logits(hf_dir: Path, ids_bs: Tensor, through: torch.dtype | None = None) -> Tensor:
