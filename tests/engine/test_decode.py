@@ -22,9 +22,7 @@ def imported(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[P
     parallel.stop()
 
 
-FAMILIES = pytest.mark.parametrize(
-    "imported", ["granite", "mistral", "smollm3", "granite_hybrid", "granite_hybrid_rope", "nemotron_h"], indirect=True
-)
+NAMES = ("granite", "mistral", "smollm3", "granite_hybrid", "granite_hybrid_rope", "nemotron_h")
 
 
 @pytest.mark.parametrize("imported", NAMES, indirect=True)
