@@ -10,7 +10,7 @@ from megatron_prism.families.model_config import ModelConfig, RopeScaling
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:
     """Angle per position of each pair of channels: float32 [kv_channels / 2], on the CPU."""
-    exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.int64).float() / model.kv_channels
+    exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.int64, device="cpu").float() / model.kv_channels
     frequencies = 1.0 / (model.rotary_base**exponents)
     scaling = model.rope_scaling
     if scaling is None:
