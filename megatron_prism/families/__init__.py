@@ -38,7 +38,7 @@ def published(name: str) -> dict[str, Any]:
 def find(hf_config: dict[str, Any]) -> Family:
     """The family of a config.json. Errors: UserError naming an unknown model_type, or a quantised model."""
     hf_type = hf_config.get("model_type")
-    if hf_type not in FAMILIES:
+    if not isinstance(hf_type, str) or hf_type not in FAMILIES:
         raise UserError(f"model_type={hf_type!r} is not supported; this version has {', '.join(sorted(FAMILIES))}")
     if hf_config.get("quantization_config"):
         raise UserError("quantization_config is not supported: give the model in its unquantised form")

@@ -22,7 +22,7 @@ transformers_version transformers.js_config use_cache id2label label2id num_labe
 chunk_size_feed_forward finetuning_task task_specific_params name_or_path model_type is_llama_config max_length min_length do_sample temperature
 top_k top_p typical_p repetition_penalty length_penalty diversity_penalty num_beams num_beam_groups num_return_sequences early_stopping
 no_repeat_ngram_size encoder_no_repeat_ngram_size remove_invalid_values attn_implementation _attn_implementation _attn_implementation_autoset
-unsloth_fixed unsloth_version neftune_noise_alpha
+unsloth_fixed unsloth_version neftune_noise_alpha tokenizer_class
 """
 WITHOUT_EFFECT = frozenset(_NAMES.split())
 """config.json keys that do not change the function that the model computes"""
@@ -96,7 +96,8 @@ class Family:
         for key, allowed in self.fixed.items():
             if config.get(key) is not None and config[key] not in allowed:
                 values = " or ".join(repr(value) for value in allowed)
-                raise UserError(f"{key}={config[key]!r} is not supported for {self.hf_type}; only {values}")
+                fix = "; it acts in training alone, so 0 in config.json is the same model" if key.endswith("dropout") else ""
+                raise UserError(f"{key}={config[key]!r} is not supported for {self.hf_type}; only {values}{fix}")
         known = {*self.config, *self.fixed, *self.ignored, *WITHOUT_EFFECT, *(key for keys in self.features for key in keys)}
         on = {key for key, value in config.items() if value not in (None, False, 0, "", [], {}) and not key.startswith("_")}
         unknown = sorted(on - known)
@@ -105,6 +106,17 @@ class Family:
                 f"config.json of this {self.hf_type} model sets {', '.join(unknown)}, which this version does not implement; "
                 "a key that does not change the model can be removed from config.json"
             )
+
+
+def layer_kinds(config: Config, *keys: str) -> list[str] | None:
+    """The list of layer kinds under the first of these keys that has one; None: none has. Errors: UserError for anything but a list of names."""
+    key = next((key for key in keys if config.get(key)), None)
+    if key is None:
+        return None
+    kinds = config[key]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise UserError(f"config.json says {key}={kinds!r}; it must be a list with the kind of each layer")
+    return kinds
 
 
 def size(config: Config, key: str, default: int | None = None) -> int:

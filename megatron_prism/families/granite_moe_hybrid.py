@@ -10,7 +10,7 @@ from typing import Any
 from megatron_prism.errors import UserError
 from megatron_prism.families import mamba_config, rope_config
 from megatron_prism.families.blocks import EMBEDDING, LAYER, attention, final_norm, mamba, mlp_in, mlp_out, output_layer
-from megatron_prism.families.family import Config, Family, size
+from megatron_prism.families.family import Config, Family, layer_kinds, size
 from megatron_prism.families.granite import GRANITE
 from megatron_prism.families.model_config import MambaConfig
 from megatron_prism.families.rules import CopyGateUp
@@ -38,8 +38,8 @@ def _no_experts(config: Config) -> Mapping[str, Any]:
 
 def _layers(config: Config) -> Mapping[str, Any]:
     count = size(config, "num_hidden_layers")
-    kinds = config.get("layer_types") or config.get("layers_block_type") or ["mamba"] * count
-    unknown = sorted({str(kind) for kind in kinds} - set(SYMBOLS))
+    kinds = layer_kinds(config, "layer_types", "layers_block_type") or ["mamba"] * count
+    unknown = sorted(set(kinds) - set(SYMBOLS))
     if unknown or len(kinds) != count:
         raise UserError(f"layer_types names {len(kinds)} layers for num_hidden_layers={count}, unknown kinds: {', '.join(unknown) or 'none'}")
     symbols = "".join(SYMBOLS[kind] + "-" for kind in kinds)
@@ -83,7 +83,8 @@ GRANITE_MOE_HYBRID: Family = replace(
         (*LAYERS, *_MIXER): _layers,
         (*rope_config.KEYS, "position_embedding_type"): _positions,
     },
-    ignored=("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef", "init_method"),
+    # of the experts that it does not have, and of the initial weights
+    ignored=("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef", "init_method", "time_step_min", "time_step_max"),
     weights=(
         EMBEDDING,
         *attention(LAYER + "self_attn.", LAYER + "input_layernorm.weight"),

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_prism.errors import UserError
 from megatron_prism.families import mamba_config
 from megatron_prism.families.blocks import EMBEDDING, attention, final_norm, mamba, mlp_out, output_layer
-from megatron_prism.families.family import Config, Family, size
+from megatron_prism.families.family import Config, Family, layer_kinds, size
 from megatron_prism.families.rules import Copy
 
 SYMBOLS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-"}
@@ -24,12 +24,20 @@ MAMBA = {
     "chunk_size": ("chunk_size", 128),
 }
 """config.json key -> MambaConfig field, default"""
+ALIASES = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_min": "time_step_min",
+}
+"""older key, which transformers prefers (and no published model has) -> the key that is read here"""
 _LAYER, _EMBEDDING = "backbone.layers.{i}.", replace(EMBEDDING, hf="backbone.embeddings.weight")
 _MIXER, _NORM, _FC1 = _LAYER + "mixer.", _LAYER + "norm.weight", "decoder.layers.mlp.linear_fc1."
 
 
 def _layers(config: Config) -> Mapping[str, Any]:
-    kinds = config.get("layers_block_type") or config.get("layer_types")
+    kinds = layer_kinds(config, "layers_block_type", "layer_types")
     pattern = config.get("hybrid_override_pattern") or "" if kinds is None else "".join(SYMBOLS.get(kind, "E") for kind in kinds)
     if not pattern or set(pattern) - set("M*-"):
         raise UserError(
@@ -49,6 +57,9 @@ def _layers(config: Config) -> Mapping[str, Any]:
 
 
 def _mamba(config: Config) -> Mapping[str, Any]:
+    for old, key in ALIASES.items():
+        if old in config:
+            raise UserError(f"{old}={config[old]!r} is an older name of {key}; rename it in config.json")
     if mamba_config.limits(config) != mamba_config.NO_LIMIT:
         raise UserError(f"time_step_limit={config['time_step_limit']!r} is not supported for nemotron_h: its limits are time_step_min and infinity")
     low = 0.001 if config.get("time_step_min") is None else config["time_step_min"]
@@ -95,7 +106,11 @@ NEMOTRON_H = Family(
         "num_nextn_predict_layers": (0,),
         **dict.fromkeys(_OFF, (False,)),
     },
-    features={LAYERS: _layers, (*MAMBA, "use_conv_bias", "time_step_min", "time_step_limit"): _mamba, ("head_dim", "attention_head_dim"): _head_dim},
+    features={
+        LAYERS: _layers,
+        (*MAMBA, *ALIASES, "use_conv_bias", "time_step_min", "time_step_limit"): _mamba,
+        ("head_dim", "attention_head_dim"): _head_dim,
+    },
     ignored=tuple(
         # of the experts that no layer has, of the initial weights, of kernels and caches; rms_norm_eps: layer_norm_epsilon is the one that is read
         "n_routed_experts n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size moe_shared_expert_overlap "

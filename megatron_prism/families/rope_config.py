@@ -21,12 +21,20 @@ OPTIONS = {
 def read_rope(config: Mapping[str, Any], default_base: float) -> tuple[float, RopeScaling | None]:
     """The rotary base and the scaling of a config.json.
 
-    As in transformers, a scaling dictionary wins over the keys beside it. Errors: UserError for an unknown rope type or option, or a missing one.
+    Errors: UserError for an unknown rope type or option, a missing one, or two bases: transformers 5 would take the block's, 4.57 the other.
     """
-    block = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"the config's rope options must be one object, not {given!r}")
+    block = dict(given)
     kind = block.pop("rope_type", None) or block.pop("type", None) or "default"
     block.pop("type", None)  # old files carry both spellings
-    base = block.pop("rope_theta", None) or config.get("rope_theta") or default_base
+    inside, beside = block.pop("rope_theta", None), config.get("rope_theta")
+    if inside and beside and inside != beside:
+        raise UserError(
+            f"rope_theta={beside!r} differs from rope_theta={inside!r} of the config's rope options; keep the one that the model was trained with"
+        )
+    base = _number("rope_theta", inside or beside or default_base)
     if block.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
         raise UserError("rope option partial_rotary_factor is not supported: this family turns whole heads")
     if kind not in OPTIONS:
@@ -37,7 +45,7 @@ def read_rope(config: Mapping[str, Any], default_base: float) -> tuple[float, Ro
     unknown = sorted(name for name, value in block.items() if name not in OPTIONS[kind] and value is not None)
     if unknown and kind != "default":
         raise UserError(f"rope option {', '.join(unknown)} of rope_type={kind!r} is not supported; known: {', '.join(OPTIONS[kind])}")
-    return float(base), None if kind == "default" else _scaling(kind, block)
+    return base, None if kind == "default" else _scaling(kind, block)
 
 
 def reader(default_base: float) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
@@ -51,7 +59,13 @@ def reader(default_base: float) -> Callable[[Mapping[str, Any]], Mapping[str, An
 
 
 def _scaling(kind: Any, block: Mapping[str, Any]) -> RopeScaling:
-    options: dict[str, Any] = {name: float(block[name]) for name in OPTIONS[kind] if name != "original_max_position_embeddings"}
-    if "original_max_position_embeddings" in OPTIONS[kind]:
-        options["original_max_position_embeddings"] = int(block["original_max_position_embeddings"])
+    options: dict[str, Any] = {name: _number(name, block[name]) for name in OPTIONS[kind]}
+    if "original_max_position_embeddings" in options:
+        options["original_max_position_embeddings"] = int(options["original_max_position_embeddings"])
     return RopeScaling(kind=kind, **options)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise UserError(f"config.json says {name}={value!r}; it must be a positive number")
+    return float(value)

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_prism.errors import UserError
 from megatron_prism.families import rope_config
-from megatron_prism.families.family import Config, Family, size
+from megatron_prism.families.family import Config, Family, layer_kinds, size
 from megatron_prism.families.llama import LLAMA, biases
 
 
@@ -16,14 +16,14 @@ def _no_rope(config: Config) -> Mapping[str, Any]:
     if turns is None:
         interval = size(config, "no_rope_layer_interval", 4)
         turns = [int((layer + 1) % interval != 0) for layer in range(layers)]
-    if not isinstance(turns, list) or len(turns) < layers or not set(turns) <= {0, 1}:
+    if not isinstance(turns, list) or len(turns) < layers or any(turn not in (0, 1) for turn in turns):
         raise UserError(f"no_rope_layers={turns!r} must hold a 1 (with rotary embeddings) or 0 for each of num_hidden_layers={layers} layers")
     return {"no_rope_layers": tuple(layer for layer in range(layers) if not turns[layer])}
 
 
 def _no_window(config: Config) -> Mapping[str, Any]:
-    kinds = config.get("layer_types")
-    if (config.get("use_sliding_window") and config.get("sliding_window")) or not set(kinds or ()) <= {"full_attention"}:
+    kinds = layer_kinds(config, "layer_types")
+    if (config.get("use_sliding_window") and config.get("sliding_window")) or set(kinds or ()) - {"full_attention"}:
         raise UserError("use_sliding_window is not supported for smollm3, nor layer_types other than full_attention")
     return {}
 

@@ -71,20 +71,24 @@ def plan_recipe(
 ) -> tuple[recipe.TrainConfig, ModelConfig, layout.ParallelPlan]:
     """A training recipe, the shape of its model and its plan on so many GPUs (else WORLD_SIZE, else the fewest). Errors: UserError."""
     table = merge(path, [*overrides, *([f"data.seq_len={seq_len}"] if seq_len else [])])
-    _fill_paths(table, model)
+    _fill_paths(table, model, path)
     cfg = validate(table, recipe.TrainConfig, where=str(path))
     shape = find_model(model) if model is not None else _recipe_model(cfg)
     world_size = gpus or int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
     return cfg, shape, layout.make_plan(shape, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
 
 
-def _fill_paths(table: dict[str, Any], model: str | None) -> None:
-    """Paths that a recipe leaves to its pipeline, and a plan does not read."""
+def _fill_paths(table: dict[str, Any], model: str | None, path: Path) -> None:
+    """Paths that a recipe leaves to its pipeline, and a plan does not read. Errors: UserError where that leaves no model."""
     table.setdefault("output", "unset")
     if isinstance(data := table.setdefault("data", {}), dict):
         data.setdefault("blend", "unset")
-    if model is not None and not table.get("model"):
+    if not table.get("model"):
+        if model is None:
+            raise UserError(f"{path} leaves its model to a pipeline; name it with --model, one of {', '.join(families.PUBLISHED)}")
         table["model"] = {"checkpoint": "unset"}
+    elif isinstance(table["model"], dict) and table["model"].get("hf_config"):
+        table["model"].setdefault("tokenizer", "unset")
 
 
 def _recipe_model(cfg: recipe.TrainConfig) -> ModelConfig:

@@ -153,6 +153,24 @@ def test_every_spelling_of_no_time_step_limit_is_read(spelled):
         assert read({**TINY[name], "time_step_limit": spelled}) == read(TINY[name])
 
 
+HARMLESS = {
+    "granite_hybrid": {
+        "init_method": "mup", "normalization_function": "rmsnorm", "router_aux_loss_coef": 0.01, "num_experts_per_tok": 8, "time_step_min": 0.001,
+        "time_step_max": 0.1, "tokenizer_class": "GPT2Tokenizer",
+    },
+    "smollm3": {"pretraining_tp": 2, "max_window_layers": 28, "layer_types": ["full_attention"] * 4},
+    "nemotron_h": {
+        "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}, "num_logits_to_keep": 1, "num_query_groups": 8, "rms_norm_eps": 1e-5,
+        "time_step_rank": 256, "use_mamba_kernels": True, "residual_in_fp32": True, "rescale_prenorm_residual": True, "expand": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_keys_of_published_configs_that_change_nothing_pass(name):
+    assert read({**TINY[name], **HARMLESS[name]}) == read(TINY[name])
+
+
 def test_layer_kinds_are_read_under_both_keys_and_names():
     config = TINY["granite_hybrid"]
     for key, kinds in [
@@ -199,7 +217,11 @@ REFUSED = [
     ("mistral", {"attention_bias": True}, "attention_bias"),
     ("mistral", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     ("granite", {"logits_scaling": 0}, "logits_scaling=0"),
-    ("granite", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ("granite", {"attention_dropout": 0.1}, "attention_dropout=0.1.*acts in training alone"),
+    ("granite", {"model_type": ["granite"]}, "model_type"),
+    ("granite", {"rope_scaling": [4.0]}, "must be one object"),
+    ("granite", {"rope_theta": "1e6"}, "rope_theta='1e6'"),
+    ("granite", {"rope_theta": 1e7, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta=10000000.0 differs from"),
     ("granite", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ("granite_dense", {"attention_bias": True}, "attention_bias=True"),
     ("granite_hybrid", {"num_local_experts": 64}, "num_local_experts=64"),
@@ -208,6 +230,7 @@ REFUSED = [
     ("granite_hybrid", {"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
     ("granite_hybrid", {"layer_types": ["mamba", "sliding_attention", "mamba", "mamba"]}, "sliding_attention"),
     ("granite_hybrid", {"layer_types": ["mamba"] * 5}, "num_hidden_layers=4"),
+    ("granite_hybrid", {"layer_types": 4}, "layer_types=4"),
     ("granite_hybrid", {"mamba_d_head": 32}, "mamba_d_head=32"),
     ("granite_hybrid", {"mamba_n_groups": 3}, "mamba_n_groups=3"),
     ("granite_hybrid", {"mamba_conv_bias": "yes"}, "mamba_conv_bias='yes'"),
@@ -217,8 +240,12 @@ REFUSED = [
     ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
     ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("smollm3", {"no_rope_layers": [[1]] * 4}, "no_rope_layers"),
     ("nemotron_h", {"hybrid_override_pattern": "M-MEM-*-"}, "no experts"),
     ("nemotron_h", {"layers_block_type": ["mamba", "moe", "attention", "mlp"]}, "moe"),
+    ("nemotron_h", {"layers_block_type": [["mamba"]]}, "layers_block_type"),
+    ("nemotron_h", {"mamba_conv_bias": False}, "older name of use_conv_bias"),
+    ("nemotron_h", {"mamba_dt_min": 0.0}, "older name of time_step_min"),
     ("nemotron_h", {"hybrid_override_pattern": "M-M*"}, "num_hidden_layers=8"),
     ("nemotron_h", {"hybrid_override_pattern": None}, "hybrid_override_pattern"),
     ("nemotron_h", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),

@@ -68,6 +68,11 @@ def test_a_recipe_of_a_pipeline_needs_no_paths_for_its_plan():
     assert "mesh         2 ranks" in text
 
 
+def test_a_recipe_that_starts_from_random_weights_needs_no_tokenizer_for_its_plan(monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    assert "parameters   1,066,112 (llama)" in describe_recipe(EXAMPLES / "tiny" / "base.toml", [], None, None, None, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -77,6 +82,7 @@ def test_a_recipe_of_a_pipeline_needs_no_paths_for_its_plan():
         ({"target": "llama-3.1-8b", "memory": 80.0}, "say how many there are with --gpus"),
         ({"target": "llama-3.1-8b", "overrides": ["steps=2"]}, "steps=2 goes with a recipe"),
         ({"target": str(GRANITE)}, "starts from runs/granite-3.3-8b/base, which does not exist yet; name the model with --model"),
+        ({"target": str(EXAMPLES / "smollm2_135m" / "train.toml")}, "leaves its model to a pipeline; name it with --model"),
         ({"target": "nowhere.toml"}, r"nowhere\.toml does not exist"),
         ({"target": str(GRANITE), "model": "granite-3.3-8b-base", "overrides": ["stpes=2"]}, "unknown key stpes; did you mean steps"),
         ({"target": str(GRANITE), "model": "granite-3.3-8b-base", "gpus": 3}, r"parallel\.tp\*pp\*cp=2 must divide the 3 ranks"),
