@@ -61,12 +61,13 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """[s, b, q, d], [t, b, k, d], [t, b, k, d] -> [s, b, q * d]. The last query stands at the last key; a mask tensor is refused.
 
-        Packed documents come without the batch axis ([s, q, d]) and leave so: each sees itself alone.
+        Packed documents come without the batch axis ([s, q, d]) and leave so: each sees itself alone, padding at its end included.
         """
         assert attention_mask is None
         if packed_seq_params is None:
             return self._attend(q_sbqd, k_tbkd, v_tbkd)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        ends = packed_seq_params.cu_seqlens_q if packed_seq_params.cu_seqlens_q_padded is None else packed_seq_params.cu_seqlens_q_padded
+        lengths = ends.diff().tolist()
         documents = zip(*(x.unsqueeze(1).split(lengths) for x in (q_sbqd, k_tbkd, v_tbkd)), strict=True)
         return torch.cat([self._attend(*document) for document in documents]).squeeze(1)
 

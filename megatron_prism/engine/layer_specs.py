@@ -4,6 +4,7 @@ Owns: the module specs, Granite's residual multiplier (through megatron-core's p
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def _final_norm(transformer_engine: bool) -> type:
 
 
 class HybridStack(MambaStack):
-    """megatron-core's hybrid stack, with a final norm of our choice (its own is TransformerEngine's only) and full recomputation (it has none)."""
+    """megatron-core's hybrid stack and what its dense one has: a norm that is not TransformerEngine's, full recomputation, dropout under sp."""
 
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, norm: type, post_layer_norm: bool = True, **kwargs: Any) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
@@ -118,6 +119,12 @@ class HybridStack(MambaStack):
         if config.recompute_granularity == "full":
             for layer in self.layers:
                 layer.forward = _recomputed(layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As MambaStack.forward; ranks with different parts of the sequence draw different dropout masks, as in transformer_block.py:706."""
+        with tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
+            hidden: Tensor = super().forward(*args, **kwargs)
+        return hidden
 
 
 def _recomputed(layer: torch.nn.Module) -> Callable[..., Any]:

@@ -75,18 +75,16 @@ class LanguageModel:
             if self.embedding_multiplier != 1.0:
                 decoder_input = decoder_input * self.embedding_multiplier
         out: Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input=decoder_input, labels=labels, **kwargs)  # type: ignore[misc]
-        return self._scaled(out) if me.post_process and labels is None else out
+        return out / self.logits_scaling if me.post_process and labels is None and self.logits_scaling != 1.0 else out
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, v/tp] -> cross-entropy of each token [b, s]; the softmax runs over the real vocabulary."""
-        logits = self._scaled(logits)
+        if self.logits_scaling != 1.0:
+            logits.div_(self.logits_scaling)  # in place, as the mask below: a second copy of all logits would be the peak of memory
         if self.padded_rows:
             logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
         loss: Tensor = super().compute_language_model_loss(labels, logits)  # type: ignore[misc]
         return loss
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        return logits if self.logits_scaling == 1.0 else logits / self.logits_scaling
 
     @torch.no_grad()
     def clear_padding(self) -> None:

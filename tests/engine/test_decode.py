@@ -33,7 +33,7 @@ def test_cached_steps_equal_the_whole_sequence_and_the_text_is_that_of_transform
     with torch.no_grad():
         whole = chunk(ids, torch.arange(LENGTH).expand_as(ids), None)[..., : chunk.vocabulary]
     decoder = decode.Decoder(chunk, batch_size=2, max_length=LENGTH)
-    pieces = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)]
+    pieces = [ids[:, :PROMPT], ids[:, PROMPT : PROMPT + 3], *ids[:, PROMPT + 3 :].split(1, dim=1)]
     cached = torch.cat([decoder.feed(piece) for piece in pieces], dim=1)
     assert (cached - whole).abs().max() < 1e-5 * whole.abs().max()
     written = decode.greedy(chunk, ids[:, :PROMPT], LENGTH - PROMPT)
@@ -50,3 +50,11 @@ def test_more_tokens_than_there_is_room_for_are_refused(imported):
     decoder = decode.Decoder(chunk, batch_size=2, max_length=4)
     with pytest.raises(UserError, match="max_length=4"):
         decoder.feed(verify.token_ids(chunk.vocabulary, 5))
+
+
+@pytest.mark.parametrize("imported", ["granite"], indirect=True)
+def test_a_model_that_cuts_the_sequence_is_refused(imported):
+    chunk = verify.whole_model(imported[1], LENGTH)
+    chunk.config.sequence_parallel = True
+    with pytest.raises(UserError, match="sp=false"):
+        decode.Decoder(chunk, batch_size=2, max_length=LENGTH)
