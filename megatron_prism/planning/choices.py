@@ -41,6 +41,11 @@ class Choice:
         return " ".join(f"{key}={value}" for key, value in settings.items()) + f" recompute={self.recompute or 'none'}"
 
     @property
+    def global_batch(self) -> int:
+        """Sequences of a step: as many as the tokens asked for need, rounded up to what dp divides."""
+        return self.plan.num_microbatches * self.plan.dp * self.plan.micro_batch
+
+    @property
     def reason(self) -> str:
         """Why this one, in words."""
         ranks = self.plan.tp * self.plan.pp
@@ -79,8 +84,9 @@ def _plans(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int) ->
                 continue
             dp = gpus // (tp * pp)
             batch = -(-tokens_per_step // (seq_len * dp)) * dp
+            sp = tp > 1 and seq_len % tp == 0
             try:
-                found.append(make_plan(model, ParallelConfig(tp=tp, sp=tp > 1, pp=pp), gpus, seq_len, batch, 1))
+                found.append(make_plan(model, ParallelConfig(tp=tp, sp=sp, pp=pp), gpus, seq_len, batch, 1))
             except UserError:  # the model does not allow it
                 continue
     return found

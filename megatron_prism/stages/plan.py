@@ -49,11 +49,13 @@ def find_model(target: str) -> ModelConfig:
         return families.load(path.parent)[1]
     if (path / "config.json").is_file():
         return families.load(path)[1]
-    if path.is_dir():
+    if (path / "hf").is_dir() or (path / "checkpoints").is_dir() or (path / "provenance.json").is_file():
         return families.load(run_folder.resolve(path) / "hf")[1]
     near = difflib.get_close_matches(target.lower(), families.PUBLISHED, n=2, cutoff=0.5)
     known = f"did you mean {' or '.join(near)}?" if near else f"published models: {', '.join(families.PUBLISHED)}"
-    raise UserError(f"{target!r} is neither a recipe (.toml), nor a folder with a config.json, nor a published model; {known}")
+    raise UserError(
+        f"{target!r} is neither a recipe (.toml), nor a folder with a config.json, nor one of our checkpoints or runs, nor a published model; {known}"
+    )
 
 
 def describe_recipe(path: Path, overrides: Sequence[str], model: str | None, gpus: int | None, memory_gib: float | None, seq_len: int | None) -> str:
@@ -162,7 +164,7 @@ def _print_recommendation(best: choices.Choice | None, memory_gib: float, gpus: 
     if best is None:
         print(f"nothing fits {_gpus(gpus)} of {memory_gib:g} GiB with {choices.MARGIN:.0%} to spare; take more GPUs, or shorter sequences")
         return
-    print(f"take     {best.overrides}")
+    print(f"take     {best.overrides} global_batch={best.global_batch}")
     print(f"because  {best.reason}; {choices.verdict(best.need, memory_gib)}")
 
 
