@@ -158,7 +158,7 @@ def _checked(lengths: NDArray[Any], options: PackingOptions) -> NDArray[Any]:
 def _pieces(lengths: Int64, options: PackingOptions) -> tuple[Integers, Int32, Int32]:
     """Document, start and length of every piece, documents and their chunks in order; each below 2**31, as token files count them."""
     step = options.seq_len - options.overlap
-    kind = np.int32 if len(lengths) < 1 << 31 else np.int64
+    kind = _index_type(len(lengths))
     if options.over_length != "split" or not (lengths > options.seq_len).any():
         document = np.flatnonzero(lengths)
         length = np.minimum(lengths[document], options.seq_len).astype(np.int32)
@@ -169,6 +169,10 @@ def _pieces(lengths: Int64, options: PackingOptions) -> tuple[Integers, Int32, I
     start = (np.arange(len(document)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * step
     length = np.minimum(lengths[document] - start, options.seq_len)
     return document, start.astype(np.int32), length.astype(np.int32)
+
+
+def _index_type(count: int) -> type[np.integer[Any]]:
+    return np.int32 if count < 1 << 31 else np.int64
 
 
 def _stable_order(keys: Integers, largest: int) -> Int64:
@@ -295,7 +299,7 @@ class WindowedPacking:
         """One window packed; documents keep their numbers in the source."""
         documents = self.documents(window)
         packed = pack(self._lengths[documents], self.options)
-        numbers = documents.astype(np.int32 if len(self._lengths) < 1 << 31 else np.int64)
+        numbers = documents.astype(_index_type(len(self._lengths)))
         return Packing(self.options, packed.first, numbers[packed.document], packed.start, packed.length, packed.offset)
 
     def documents_before(self, window: int) -> int:
