@@ -14,6 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+WINDOWED_QUERIES = 1024
+"""queries that a sliding window handles at once, at least"""
+
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight, normalised in fp32 (Zhang & Sennrich 2019; rounded as transformers' LlamaRMSNorm does).
@@ -74,22 +77,32 @@ class CausalAttention(MegatronModule):
     def _attend(self, q_sbqd: Tensor, k_tbkd: Tensor, v_tbkd: Tensor) -> Tensor:
         s, b, q, d = q_sbqd.shape
         query, key, value = (x.permute(1, 2, 0, 3) for x in (q_sbqd, k_tbkd, v_tbkd))
-        mask_st = self._mask(s, key.shape[2], query.device)
-        out_bqsd = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask_st,
-            is_causal=mask_st is None,
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=key.shape[1] != q,
-        )
+        out_bqsd = torch.cat([self._block(query, key, value, start, stop) for start, stop in self._blocks(s, key.shape[2])], dim=2)
         return out_bqsd.permute(2, 0, 1, 3).reshape(s, b, q * d)
 
-    def _mask(self, s: int, t: int, device: torch.device) -> Tensor | None:
-        """[s, t], true where a query sees a key; None for the plain causal square, for which SDPA has faster paths."""
-        if s == t and (self.window is None or self.window >= t):
-            return None
-        seen = torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
-        return seen if self.window is None else seen.triu(t - s - self.window + 1)
+    def _blocks(self, s: int, t: int) -> list[tuple[int, int]]:
+        """Ranges of queries: all at once, or, under a window, a few windows each, so that masks grow with the length and not with its square."""
+        if self.window is None or self.window >= t:
+            return [(0, s)]
+        size = max(self.window, WINDOWED_QUERIES)
+        return [(start, min(start + size, s)) for start in range(0, s, size)]
+
+    def _block(self, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int) -> Tensor:
+        """Queries [start, stop) over the keys that any of them sees -> [b, q, stop - start, d]."""
+        past = key.shape[2] - query.shape[2]
+        high = past + stop
+        low = 0 if self.window is None else max(past + start - self.window + 1, 0)
+        mask = None
+        if past + start or (self.window is not None and self.window < high):  # not the plain causal square, for which SDPA has faster paths
+            mask = torch.ones(stop - start, high - low, dtype=torch.bool, device=query.device).tril(past + start - low)
+            mask = mask if self.window is None else mask.triu(past + start - low - self.window + 1)
+        return F.scaled_dot_product_attention(
+            query[:, :, start:stop],
+            key[:, :, low:high],
+            value[:, :, low:high],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )

@@ -2,7 +2,7 @@
 
 Owns: projections, convolution, scan and gated norm of one rank, their start values, the state of cached decoding (`mamba_share` knows which rows).
 B and C belong to groups of heads. Where tp divides the groups each rank makes its own; where ranks outnumber them (one group in most models) every
-rank makes them all from a replicated projection, and their gradient, of which a rank's heads give a share only, is summed after the convolution.
+rank makes them all from a replicated projection and convolution, and their gradients, of which a rank's heads give a share only, are summed.
 Refuses (by assertion; plans are checked before): context parallelism, and sizes that tp does not cut evenly.
 Legend: s sequence, b batch, l the same sequence after the batch, d channels, h heads, p channels of a head, g groups of heads, n state.
 """
@@ -105,7 +105,7 @@ class MambaMixer(MegatronModule):
         self.in_proj = build_module(submodules.in_proj, d_model, rows, **column, **shared)
         self.out_proj = build_module(submodules.out_proj, mamba.d_inner, d_model, **row, **shared)
         with get_cuda_rng_tracker().fork():
-            self.conv1d = Convolution(sum(length for _, length in share.conv_rows), mamba, config, parallel=True)
+            self.conv1d = Convolution(sum(length for _, length in share.conv_rows), mamba, config)
             steps = torch.empty(share.heads, device=init_device(config)).uniform_(*map(math.log, STEP_RANGE)).exp()
             decays = torch.empty(share.heads, device=init_device(config)).uniform_(*A_RANGE)
         if share.replicated:  # drawn from the generator that all tensor-parallel ranks have in common
@@ -113,7 +113,7 @@ class MambaMixer(MegatronModule):
             config.init_method(self.bc_proj.weight)
             # a rank's gradient is that of its part of the sequence; megatron-core sums them
             self.bc_proj.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            self.bc_conv1d = Convolution(mamba.bc_size, mamba, config, parallel=False)
+            self.bc_conv1d = Convolution(mamba.bc_size, mamba, config, shared_by=self.tp_group)
         self.dt_bias = head_parameter(steps + torch.log(-torch.expm1(-steps)), config)  # softplus(dt_bias) = steps
         self.A_log = head_parameter(decays.log(), config)
         self.D = head_parameter(torch.ones(share.heads), config)
@@ -174,8 +174,8 @@ class MambaMixer(MegatronModule):
         if share.replicated:
             past_x, past_bc = (None, None) if past_bdk is None else past_bdk.split([share.inner, share.bc], dim=1)
             x_bld, state_x = self.conv1d(x_or_xbc_bld, documents, past_x, decoding)
-            bc_bld, state_bc = self.bc_conv1d(self._project_bc(hidden_states).transpose(0, 1), documents, past_bc, decoding)
-            bc_bld = SumGradient.apply(bc_bld, self.tp_group)
+            bc_sbd = SumGradient.apply(self._project_bc(hidden_states), self.tp_group)
+            bc_bld, state_bc = self.bc_conv1d(bc_sbd.transpose(0, 1), documents, past_bc, decoding)
             state = torch.cat([state_x, state_bc], dim=1) if decoding else None
         else:
             xbc_bld, state = self.conv1d(x_or_xbc_bld, documents, past_bdk, decoding)
@@ -220,20 +220,29 @@ class MambaMixer(MegatronModule):
 
 
 class Convolution(torch.nn.Module):
-    """Weight [d, 1, k] and bias [d] of the short convolution; uniform at the start, as torch's Conv1d."""
+    """Weight [d, 1, k] and bias [d] of the short convolution; uniform at the start, as torch's Conv1d.
 
-    def __init__(self, channels: int, mamba: MambaConfig, config: TransformerConfig, parallel: bool) -> None:
+    shared_by: the ranks that hold copies of one convolution, of whose output each uses a part. Their gradients are summed, so that all copies get
+    the same bits: a kernel that sums in no fixed order would let copies drift apart if each rank made the whole gradient.
+    """
+
+    def __init__(self, channels: int, mamba: MambaConfig, config: TransformerConfig, shared_by: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         bound, dtype, device = mamba.conv_kernel**-0.5, config.params_dtype, init_device(config)
         weight = torch.empty(channels, 1, mamba.conv_kernel, device=device).uniform_(-bound, bound)
+        self.shared_by, parallel = shared_by, shared_by is None
         self.weight = parameter(weight, dtype, config, parallel)
         self.bias = parameter(torch.empty(channels, device=device).uniform_(-bound, bound), dtype, config, parallel) if mamba.conv_bias else None
 
     def forward(self, x_bld: Tensor, documents: Tensor | None, past_bdk: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor | None]:
         """-> silu of the convolution [b, l, d], and, decoding, the last inputs [b, d, k - 1]."""
-        weight_dk = self.weight.squeeze(1)
-        out = causal_conv1d(x_bld, weight_dk, self.bias, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=decoding)
+        weight, bias = self._summed(self.weight), None if self.bias is None else self._summed(self.bias)
+        weight_dk = weight.squeeze(1)
+        out = causal_conv1d(x_bld, weight_dk, bias, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=decoding)
         return out if isinstance(out, tuple) else (out, None)
+
+    def _summed(self, value: Tensor) -> Tensor:
+        return value if self.shared_by is None else cast(Tensor, SumGradient.apply(value, self.shared_by))
 
 
 class GatedNorm(torch.nn.Module):

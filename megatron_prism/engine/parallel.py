@@ -62,7 +62,7 @@ def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
     """Build megatron-core's groups for a plan, unless those of this layout are there already, and seed its random number trackers."""
     global _layout
     layout = (plan.tp, plan.pp, plan.vpp, plan.cp)
-    if _layout != layout:
+    if _layout != layout or not parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=plan.tp,
@@ -71,6 +71,8 @@ def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
             context_parallel_size=plan.cp,
         )
         _layout = layout
+    # megatron-core tells tensor-parallel ranks apart, not stages: they would all start from the same layers and draw the same dropout
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Mesh(

@@ -91,8 +91,11 @@ def write_hf(folder: Path, output: Path, dtype: str | None = None, max_shard_byt
     names = MegatronNames(reader, family, model)
     (output / "config.json").unlink(missing_ok=True)
     hf.carry_files(folder / HF, output, leave=["config.json", SOURCE_TYPES])
-    types = _export_dtypes(folder, wanted)
-    plan = [hf.Planned(part.name, part.shape, types(part.name, names.dtype(entry))) for entry in family.rules(model) for part in _parts(entry, model)]
+    asked, original = _export_dtypes(folder, wanted), _export_dtypes(folder, None)
+    plan = []
+    for entry in family.rules(model):
+        types = original if entry.rule.keep_fp32 and wanted != torch.float32 else asked
+        plan += [hf.Planned(part.name, part.shape, types(part.name, names.dtype(entry))) for part in _parts(entry, model)]
     hf.write_weights(output, plan, _hf_tensors(names, family, model), max_shard_bytes)
     temporary = output / ".config.json.tmp"
     shutil.copyfile(folder / HF / "config.json", temporary)
@@ -175,7 +178,8 @@ def _pieces(source: Source, pp: int, dtype: torch.dtype | None) -> Iterator[shar
     """A model as pieces for the writer: layers spread evenly over `pp` stages, the embedding with the first, the rest with the last."""
     model, seen = source.model, -1
     for entry in source.family.rules(model):
-        sections = [section if dtype is None else section.to(dtype) for section in source.sections(entry)]
+        asked = None if entry.rule.keep_fp32 and dtype != torch.float32 else dtype
+        sections = [section if asked is None else section.to(asked) for section in source.sections(entry)]
         if entry.layer is None:
             yield sharded.Piece(entry.rule.key, sections, None, entry.rule.tp_axis, 0 if seen < 0 else pp - 1)
             continue

@@ -63,7 +63,7 @@ def mamba(hf: str, norm: str) -> tuple[Copy, ...]:
         Copy(at="M", hf=hf + "in_proj.weight", key=key + "in_proj.weight", sizes=("mamba.in_proj_size", "hidden_size")),
         Copy(at="M", hf=hf + "conv1d.weight", key=key + "conv1d.weight", sizes=("mamba.conv_size", "mamba.conv_width", "mamba.conv_kernel")),
         Copy(at="M", hf=hf + "conv1d.bias", key=key + "conv1d.bias", sizes=("mamba.conv_size",), when="mamba.conv_bias"),
-        *(Copy(at="M", hf=hf + name, key=key + name, sizes=heads) for name in ("A_log", "D", "dt_bias")),
+        *(Copy(at="M", hf=hf + name, key=key + name, sizes=heads, keep_fp32=True) for name in ("A_log", "D", "dt_bias")),
         Copy(at="M", hf=hf + "norm.weight", key=key + "norm.weight", sizes=inner),
         Copy(at="M", hf=hf + "out_proj.weight", key=key + "out_proj.weight", sizes=("hidden_size", "mamba.d_inner")),
     )

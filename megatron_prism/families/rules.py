@@ -47,6 +47,8 @@ class Rule:
     """dimension 0 is the vocabulary, which megatron-core may pad at its end"""
     when: str | None = None
     """ModelConfig attribute that must be true for the rule to hold; `not NAME` for one that must be false"""
+    keep_fp32: bool = False
+    """never rounded to a shorter type, whatever a conversion asks for, and fp32 in a bf16 run"""
     at: str | None = None
     """symbol of the layers that have the tensor (M Mamba-2, * attention, - MLP); None: every layer"""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import VARIANTS, edit_config, write_llama
+from tiny_models import VARIANTS, edit_config, write_llama, write_tiny
 
 from megatron_prism import artifact
 from megatron_prism.config import Block
@@ -112,3 +112,13 @@ def test_an_export_can_be_imported_again(tmp_path):
     first = weights.export_hf(checkpoint_from(tmp_path / "a", source, tp=2), tmp_path / "b")
     second = weights.export_hf(checkpoint_from(tmp_path / "c", first, pp=2), tmp_path / "d")
     assert_same_model(source, second)
+
+
+def test_what_must_stay_fp32_is_rounded_by_no_conversion(tmp_path):
+    source = write_tiny("nemotron_h", tmp_path / "hf")
+    checkpoint = checkpoint_from(tmp_path / "checkpoint", source, dtype="bfloat16")
+    wanted, back = tensors_of(source), tensors_of(weights.export_hf(checkpoint, tmp_path / "back", dtype="bfloat16"))
+    kept = [name for name in wanted if name.endswith(("A_log", ".D", "dt_bias"))]
+    assert len(kept) == 3 * 3
+    for name, tensor in wanted.items():
+        assert bits(back[name]) == bits(tensor if name in kept else tensor.bfloat16()), name
