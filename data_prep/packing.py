@@ -146,6 +146,8 @@ def _checked(lengths: NDArray[Any], options: PackingOptions) -> NDArray[Any]:
         raise UserError(f"document lengths must be one row of whole numbers; got {found.dtype} of shape {found.shape}")
     if found.size and found.min() < 0:
         raise UserError(f"document {int(found.argmin())} has a length of {int(found.min())}; lengths must be at least 0")
+    if found.size and found.max() >= 1 << 31:
+        raise UserError(f"document {int(found.argmax())} has a length of {int(found.max())}; a token file holds at most 2**31 - 1 in one document")
     if options.over_length == "refuse" and found.size and found.max() > options.seq_len:
         longer = int((found > options.seq_len).sum())
         raise UserError(

@@ -165,7 +165,9 @@ def test_options_that_cannot_hold_are_refused(values, message):
         PackingOptions(**values)
 
 
-@pytest.mark.parametrize(("lengths", "message"), [([3, -1], "document 1 has a length of -1"), ([[3]], "one row"), ([1.5], "whole numbers")])
+@pytest.mark.parametrize(
+    ("lengths", "message"), [([3, -1], "document 1 has a length of -1"), ([[3]], "one row"), ([1.5], "whole numbers"), ([2**31], "at most")]
+)
 def test_lengths_that_are_none_are_refused(lengths, message):
     with pytest.raises(UserError, match=message):
         pack(np.array(lengths), PackingOptions(8))
