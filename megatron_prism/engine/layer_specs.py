@@ -7,11 +7,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_prism.engine.attention import CausalAttention, RMSNorm
+from megatron_prism.engine.mamba import mixer_spec
 from megatron_prism.families.model_config import ModelConfig
 
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
@@ -53,8 +54,6 @@ def dense_spec(model: ModelConfig, config: TransformerConfig, transformer_engine
 
 def hybrid_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
     """The stack of a MambaModel: a Mamba-2, an attention and an MLP layer, each with its norm and residual."""
-    from megatron_prism.engine.mamba import mixer_spec
-
     assert model.mamba is not None
     whole = _transformer_layer(model, config, transformer_engine).submodules
     keys = whole.sharded_state_dict_keys_map
@@ -78,10 +77,12 @@ def hybrid_spec(model: ModelConfig, config: TransformerConfig, transformer_engin
         norm=norm,
         bias_dropout_add=bias_dropout_add(model.residual_multiplier),
     )
+    recompute = config.recompute_granularity == "full"
+    mamba.module = RecomputedMambaLayer if recompute else MambaLayer
     submodules = MambaStackSubmodules(
         mamba_layer=mamba,
-        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-        mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+        attention_layer=ModuleSpec(module=RecomputedAttentionLayer if recompute else TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=RecomputedMLPLayer if recompute else MLPLayer, submodules=mlp),
     )
     return ModuleSpec(module=HybridStack, params={"norm": norm}, submodules=submodules)
 
@@ -116,9 +117,6 @@ class HybridStack(MambaStack):
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        if config.recompute_granularity == "full":
-            for layer in self.layers:
-                layer.forward = _recomputed(layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As MambaStack.forward; ranks with different parts of the sequence draw different dropout masks, as in transformer_block.py:706."""
@@ -127,17 +125,32 @@ class HybridStack(MambaStack):
         return hidden
 
 
-def _recomputed(layer: torch.nn.Module) -> Callable[..., Any]:
-    """A layer's forward that keeps its input alone and runs again in the backward pass."""
-    forward, returns_pair = layer.forward, isinstance(layer, TransformerLayer)
+class Recomputed:
+    """A layer that keeps its input alone while training and runs again in the backward pass."""
 
-    def run(hidden_states: Tensor, **kwargs: Any) -> Any:
-        def once(hidden: Tensor) -> Tensor:
-            out = forward(hidden_states=hidden, **kwargs)
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        """The layer's own forward: hidden states, or (hidden states, no context) of a TransformerLayer."""
+        layer: Any = super()
+        if not self.training:  # type: ignore[attr-defined]
+            return layer.forward(hidden_states=hidden_states, **kwargs)
+        returns_pair = isinstance(self, TransformerLayer)
+
+        def run(hidden: Tensor) -> Tensor:
+            out: Any = layer.forward(hidden_states=hidden, **kwargs)
             first: Tensor = out[0] if returns_pair else out
             return first
 
-        out = tensor_parallel.checkpoint(once, False, hidden_states)
+        out = tensor_parallel.checkpoint(run, False, hidden_states)
         return (out, None) if returns_pair else out
 
-    return run
+
+class RecomputedMambaLayer(Recomputed, MambaLayer):
+    """Mamba-2, computed twice."""
+
+
+class RecomputedAttentionLayer(Recomputed, TransformerLayer):
+    """Attention, computed twice."""
+
+
+class RecomputedMLPLayer(Recomputed, MLPLayer):
+    """An MLP, computed twice."""
