@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import zstandard
 
+from megatron_prism.data_prep.formats import BadRecordError, Cut, Messages, Rule, decode, string, type_name
 from megatron_prism.errors import UserError
 
 EXCERPT_CHARACTERS = 200
@@ -34,7 +35,8 @@ class Bad(NamedTuple):
 
 @dataclass
 class Documents:
-    """What one chunk holds. lines: of the input it covers; bad: the first few bad records; reasons: how many there are of each kind."""
+    """What one chunk holds. lines: of the input it covers; bad: the first few bad records; reasons: how many there are of each kind;
+    dropped: records that a rule turned away, by rule."""
 
     texts: list[str] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
@@ -44,59 +46,50 @@ class Documents:
     empty: int = 0
     bad: list[Bad] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
-
-
-class BadRecordError(Exception):
-    """A record that is no document: a reason that many may share, and the text that shows it."""
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 class Extract(NamedTuple):
-    """How a document is made of a record: one column, or a format with {column} names. keep_bad: how many bad records to describe."""
+    """How a document is made of a record: one column, a format with {column} names, or turns. keep_bad: how many bad records to describe;
+    rules, cut, min_characters: which records are dropped, in this order."""
 
     column: str
     format: str | None
     keep_bad: int
+    messages: Messages | None = None
+    rules: tuple[Rule, ...] = ()
+    cut: Cut | None = None
+    min_characters: int | None = None
+
+    def dropped_by(self, record: Any) -> str | None:
+        """The first rule that turns the record away, before its text is made. Raises BadRecordError."""
+        if not self.rules and self.cut is None:
+            return None
+        if not isinstance(record, dict):
+            raise BadRecordError(f"record is {type_name(record)}, not a table of columns")
+        for rule in self.rules:
+            if not rule.keeps(record):
+                return rule.name
+        return self.cut.name if self.cut is not None and not self.cut.keeps(record) else None
 
     def text(self, record: Any) -> str:
         """The document of a str, a dict, or UTF-8 bytes. Raises BadRecordError."""
         if isinstance(record, dict):
+            if self.messages is not None:
+                return self.messages.text(record)
             if self.format is None:
-                return _string(record, self.column)
-            return re.sub(r"\{([^{}]+)\}", lambda name: _string(record, name[1]), self.format)
+                return string(record, self.column)
+            return re.sub(r"\{([^{}]+)\}", lambda name: string(record, name[1]), self.format)
         if isinstance(record, bytes):
-            return _decode(record)
+            return decode(record)
         if isinstance(record, str):
             return record
-        raise BadRecordError(f"record is {_type_name(record)}, not text or a table of columns")
-
-
-def _string(record: dict[str, Any], column: str) -> str:
-    if column not in record:
-        raise BadRecordError(f"no column {column!r}")
-    value = record[column]
-    if isinstance(value, bytes):
-        return _decode(value)
-    if not isinstance(value, str):
-        raise BadRecordError(f"column {column!r} is {_type_name(value)}, not text")
-    return value
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadRecordError("invalid UTF-8") from None
-
-
-def _type_name(value: Any) -> str:
-    return {"NoneType": "null", "bool": "a boolean", "int": "a number", "float": "a number", "list": "a list", "dict": "a table"}.get(
-        type(value).__name__, f"a {type(value).__name__}"
-    )
+        raise BadRecordError(f"record is {type_name(record)}, not text or a table of columns")
 
 
 def _parse_json(line: bytes) -> Any:
     try:
-        return json.loads(_decode(line))
+        return json.loads(decode(line))
     except (ValueError, RecursionError):
         raise BadRecordError("invalid JSON") from None
 
@@ -135,7 +128,9 @@ def _take(found: Documents, extract: Extract, input_number: int, line: int, reco
         return
     found.records += 1
     try:
-        text = extract.text(_parse_json(record) if parse_json else record)
+        parsed = _parse_json(record) if parse_json else record
+        rule = extract.dropped_by(parsed)
+        text = "" if rule else extract.text(parsed)
         size = _utf8_bytes(text)
     except BadRecordError as error:
         reason = str(error)
@@ -143,7 +138,11 @@ def _take(found: Documents, extract: Extract, input_number: int, line: int, reco
         if len(found.bad) < max(1, extract.keep_bad):
             found.bad.append(Bad(input_number, line, reason, _excerpt(record)))
         return
-    if not text or text.isspace():
+    if rule is None and extract.min_characters and text and not text.isspace() and len(text) < extract.min_characters:
+        rule = f"shorter than {extract.min_characters} characters"
+    if rule is not None:
+        found.dropped[rule] += 1
+    elif not text or text.isspace():
         found.empty += 1
     else:
         found.texts.append(text)

@@ -221,7 +221,7 @@ def _parquet_rows(found: Input, offset: int, source: SourceConfig) -> Iterator[t
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{found.path} is no readable parquet file ({error}); fetch it again") from None
     for column in source.columns:
-        _check_column(found, file.schema_arrow, column)
+        _check_column(found, file.schema_arrow, column, column in source.text_columns)
     total, row = max(1, file.metadata.num_rows), 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
@@ -229,21 +229,39 @@ def _parquet_rows(found: Input, offset: int, source: SourceConfig) -> Iterator[t
             row += rows
             continue
         for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=source.columns):
-            values = [batch.column(column).cast(pa.large_binary()).to_pylist() for column in source.columns]
+            values = [_values(batch.column(column)) for column in source.columns]
             for record in zip(*values, strict=True):
                 row += 1
                 if row > offset:
-                    size = sum(len(value or b"") for value in record)
-                    yield (dict(zip(source.columns, record, strict=True)), size, row / total)
+                    yield (dict(zip(source.columns, record, strict=True)), sum(map(_size, record)), row / total)
 
 
-def _check_column(found: Input, schema: Any, column: str) -> None:
+def _values(column: Any) -> list[Any]:
+    """Texts as bytes (decoded by the worker, which counts bad ones); turns, numbers and such as they are."""
     import pyarrow as pa
 
+    return list((column.cast(pa.large_binary()) if _is_text(column.type) else column).to_pylist())
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, list | dict):
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return 0
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary))
+
+
+def _check_column(found: Input, schema: Any, column: str, must_be_text: bool) -> None:
     if column not in schema.names:
         raise UserError(f"{found.path} has no column {column!r}; it has {', '.join(schema.names)}: set column or format")
     kind = schema.field(column).type
-    if not any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)):
+    if must_be_text and not _is_text(kind):
         raise UserError(f"{found.path}: column {column!r} holds {kind}, not text; choose a text column")
 
 

@@ -47,6 +47,7 @@ class Progress:
     digest: str | None = None
     reasons: dict[str, int] = field(default_factory=dict)
     bad_samples: list[dict[str, Any]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

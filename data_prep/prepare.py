@@ -23,13 +23,13 @@ from typing import Any
 from megatron_prism import artifact
 from megatron_prism.data_prep import inputs, worker
 from megatron_prism.data_prep.blend import BLEND, Blend, BlendSource, write_blend
-from megatron_prism.data_prep.documents import Extract
 from megatron_prism.data_prep.inputs import Chunk, Input
 from megatron_prism.data_prep.journal import Journal
 from megatron_prism.data_prep.manifest import load_manifest
 from megatron_prism.data_prep.progress import Reporter
 from megatron_prism.data_prep.settings import PrepConfig
 from megatron_prism.data_prep.source_writer import SourceReport, SourceWriter
+from megatron_prism.data_prep.sources.selection import Selector
 from megatron_prism.data_prep.tokenizer import Tokenizer, prepare_tokenizer
 from megatron_prism.data_prep.worker import Tokenized
 from megatron_prism.errors import UserError
@@ -145,13 +145,16 @@ def _tasks(writers: list[SourceWriter]) -> Iterator[Task]:
 def _in_order(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int) -> Generator[tuple[SourceWriter, Any, Tokenized | None]]:
     """Run the tasks on the pool and give their results in the tasks' order, with a bounded number under way."""
     waiting: deque[tuple[Task, Future[Tokenized] | None]] = deque()
+    selectors: dict[str, Selector] = {}
     try:
         for task in tasks:
             writer, chunk = task
             future = None
             if chunk is not None:
-                extract = Extract(writer.source.column, writer.source.format, writer.config.bad_samples)
-                future = pool.submit(worker.tokenise, chunk.kind, chunk.payload, extract)
+                name = writer.source.name
+                if name not in selectors:
+                    selectors[name] = Selector(writer.source, writer.inputs, writer.config.bad_samples)
+                future = pool.submit(worker.tokenise, chunk.kind, chunk.payload, selectors[name].extract_for(chunk))
                 chunk = chunk._replace(payload=None)
             waiting.append(((writer, chunk), future))
             while len(waiting) > CHUNKS_AHEAD_PER_WORKER * workers:

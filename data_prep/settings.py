@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_prism.config import Block, NonNegative, Positive, PositiveFloat
+from megatron_prism.data_prep.sources.recipe import DatasetConfig, KeepConfig, MessagesConfig, SampleConfig, source_columns, with_recipe
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED_NAMES = ("tokenizer",)
@@ -17,12 +18,14 @@ class SourceConfig(Block):
 
     name: str
     """the folder of its shards, and what the order of its documents is drawn from"""
+    recipe: str | None = None
+    """a source recipe by name, or a .toml path: its keys are this source's defaults (docs/sources.md); its name too, unless you give one"""
     domain: str = "general"
     """reports add sources up by it (math, code, science, general, ...)"""
     weight: PositiveFloat | None = None
     """share of sampled tokens, in any unit; none (for every source): in proportion to its tokens"""
     paths: list[str] = Field(default=[])
-    """files, folders (all known files below) or glob patterns, ** included; .jsonl and .txt may be .gz or .zst"""
+    """files, folders (all known files below) or glob patterns, ** included; .jsonl and .txt may be .gz or .zst. `path` is short for one of them"""
     function: str | None = None
     """instead of paths: "package.module:function" or "path/to/file.py:function", yielding str or dict; must yield the same each time"""
     arguments: dict[str, Any] = Field(default={})
@@ -33,8 +36,23 @@ class SourceConfig(Block):
     """the column, or JSON key, that holds the document"""
     format: str | None = None
     """instead of one column: a text with {column} names, as "{question}\\n{answer}" """
+    messages: MessagesConfig | None = None
+    """instead of one column: a list of turns"""
+    keep: list[KeepConfig] = Field(default=[])
+    """rules that a row must pass, in order; what each drops is counted in report.json"""
+    sample: SampleConfig | None = None
+    """take so many of the rows that pass the rules, by a seeded choice"""
+    min_characters: Positive | None = None
+    """shorter documents are dropped, and counted"""
+    dataset: list[DatasetConfig] = Field(default=[])
+    """on the Hugging Face hub: streamed where neither paths nor function are given"""
     documents: Literal["file", "paragraph"] = "file"
     """plain text: one document per file, or one per block of lines between blank lines"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, data: Any) -> Any:
+        return with_recipe(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _check(self) -> "SourceConfig":
@@ -42,14 +60,25 @@ class SourceConfig(Block):
             raise ValueError(f"source name {self.name!r} becomes a folder: use letters, digits, '.', '_', '-', and not {RESERVED_NAMES}")
         if bool(self.paths) == (self.function is not None):
             raise ValueError(f"source {self.name!r} needs either paths or function, and not both")
-        if self.format is not None and not self.columns:
+        if self.sample and self.paths and len(self.paths) < len(self.dataset):
+            parts = ", ".join(f"{dataset.id} {dataset.split}" for dataset in self.dataset)
+            raise ValueError(f"source {self.name!r} takes {self.sample.count} rows of each of {parts}: give a path for each, in this order")
+        if self.messages is not None and self.format is not None:
+            raise ValueError(f"source {self.name!r} has both messages and format; give one of them")
+        if self.format is not None and not re.search(r"\{([^{}]+)\}", self.format):
             raise ValueError(f"source {self.name!r}: format={self.format!r} names no {{column}}; write it as '{{question}}\\n{{answer}}'")
         return self
 
     @property
     def columns(self) -> list[str]:
-        """The columns that a document is made of."""
-        return list(dict.fromkeys(re.findall(r"\{([^{}]+)\}", self.format))) if self.format is not None else [self.column]
+        """The columns that are read: of the document, of the rules, of the sample."""
+        return source_columns(self.model_dump(include={"column", "format", "messages", "keep", "sample"}))
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Those that must hold text."""
+        columns = source_columns(self.model_dump(include={"column", "format", "messages", "sample"}))
+        return [column for column in columns if self.messages is None or column != self.messages.column]
 
 
 class PrepConfig(Block):

@@ -8,7 +8,8 @@ Owns: the held-out split, unit boundaries, counting, manifests and reports. Refu
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of a source, for the table and report.json. bad: by reason."""
+    """What became of a source, for the table and report.json. bad: by reason; dropped: by rule."""
 
     name: str
     domain: str
@@ -42,6 +43,7 @@ class SourceReport:
     blank: int
     empty: int
     bad: dict[str, int]
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 class SourceWriter:
@@ -83,7 +85,7 @@ class SourceWriter:
                 raise UserError(f"{place['file']}, record {place['line']}: {bad.reason}: {bad.excerpt!r}; mend it, or set on_bad=skip")
             if len(samples) < self.config.bad_samples:
                 samples.append({**place, "reason": bad.reason, "excerpt": bad.excerpt})
-        reasons = {reason: now.reasons.get(reason, 0) + found.reasons.get(reason, 0) for reason in [*now.reasons, *sorted(found.reasons)]}
+        reasons = _added(now.reasons, found.reasons)
         self.progress = replace(
             now,
             lines=first_line + found.lines,
@@ -92,6 +94,7 @@ class SourceWriter:
             empty=now.empty + found.empty,
             reasons=reasons,
             bad_samples=samples,
+            dropped=_added(now.dropped, found.dropped),
         )
 
     def _write(self, split: str, result: Tokenized, chosen: NDArray[np.bool_]) -> None:
@@ -139,6 +142,7 @@ class SourceWriter:
             blank=self.progress.blank,
             empty=self.progress.empty,
             bad=self.progress.reasons,
+            dropped=self.progress.dropped,
         )
         content = {**asdict(report), "bad_samples": self.progress.bad_samples}
         artifact.write_atomic(self.folder / REPORT, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -176,7 +180,12 @@ class SourceWriter:
 
     def _bad_summary(self) -> str:
         bad = "; ".join(f"{count} bad: {reason}" for reason, count in self.progress.reasons.items()) or "none bad"
-        return f"{self.progress.records} records, {self.progress.blank} blank, {self.progress.empty} empty, {bad}"
+        dropped = "".join(f"; {count} dropped: {rule}" for rule, count in self.progress.dropped.items())
+        return f"{self.progress.records} records, {self.progress.blank} blank, {self.progress.empty} empty, {bad}{dropped}"
+
+
+def _added(before: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    return {name: before.get(name, 0) + more.get(name, 0) for name in [*before, *sorted(more)]}
 
 
 def held_out(seed: int, name: str, first: int, count: int, fraction: float) -> NDArray[np.bool_]:

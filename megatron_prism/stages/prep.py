@@ -52,13 +52,19 @@ def run(cfg: Config) -> Path:
 
 def _table(cfg: Config, sources: Sequence["SourceReport"]) -> Table:
     table = Table("source", "domain", title="documents and tokens for training; held out in brackets")
-    for column in ("documents", "tokens", "text MB", "bad", "empty", "share %"):
+    for column in ("documents", "tokens", "text MB", "dropped", "bad", "empty", "share %"):
         table.add_column(column, justify="right")
     weights = [source.weight or report.tokens for source, report in zip(cfg.source, sources, strict=True)]
     for report, weight in zip(sources, weights, strict=True):
         documents = f"{report.documents:,} ({report.held_out_documents:,})"
         tokens = f"{report.tokens:,} ({report.held_out_tokens:,})"
-        counts = (f"{report.text_bytes / 1e6:,.1f}", f"{sum(report.bad.values()):,}", f"{report.empty:,}", f"{100 * weight / sum(weights):.2f}")
+        counts = (
+            f"{report.text_bytes / 1e6:,.1f}",
+            f"{sum(report.dropped.values()):,}",
+            f"{sum(report.bad.values()):,}",
+            f"{report.empty:,}",
+            f"{100 * weight / sum(weights):.2f}",
+        )
         table.add_row(report.name, report.domain, documents, tokens, *counts)
     return table
 

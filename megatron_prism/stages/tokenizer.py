@@ -17,8 +17,9 @@ from pydantic import Field
 from megatron_prism import artifact
 from megatron_prism.config import Block, Positive
 from megatron_prism.data_prep import inputs
-from megatron_prism.data_prep.documents import Extract, read_chunk
+from megatron_prism.data_prep.documents import read_chunk
 from megatron_prism.data_prep.settings import SourceConfig
+from megatron_prism.data_prep.sources.selection import Selector
 from megatron_prism.errors import UserError
 
 SPECIAL_AND_BYTES = 2 + 256
@@ -76,10 +77,10 @@ def _shares(cfg: Config) -> list[int]:
 
 def _sample(source: SourceConfig, max_bytes: int) -> Iterator[str]:
     """Documents from the start of a source until they hold max_bytes."""
-    extract = Extract(source.column, source.format, 0)
-    size = 0
-    for chunk in inputs.chunks(source, inputs.find_inputs(source)):
-        for text in read_chunk(chunk.kind, chunk.payload, extract).texts:
+    found, size = inputs.find_inputs(source), 0
+    selector = Selector(source, found, 0)
+    for chunk in inputs.chunks(source, found):
+        for text in read_chunk(chunk.kind, chunk.payload, selector.extract_for(chunk)).texts:
             yield text
             size += len(text.encode())
             if size >= max_bytes:

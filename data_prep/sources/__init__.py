@@ -1,0 +1,1 @@
+"""The sources of the PRISM paper, a TOML file each, and what reads such files."""

@@ -1,0 +1,184 @@
+"""Source recipes: a dataset's id, columns, filter, text format, domain and pool size, as one small TOML file.
+
+`[[source]] recipe = "dclm_edu"` in a prep recipe takes the keys of data_prep/sources/dclm_edu.toml as its defaults; a path ending in .toml names a
+file of your own. The resolved config of the output holds all of them, so a recipe that changes later changes no output that was made.
+
+Owns: the schema of the files, and reading one. Refuses: unknown names and keys.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_prism.config import Block, NonNegative, Positive, PositiveFloat, read_toml, validate
+from megatron_prism.data_prep import formats
+from megatron_prism.errors import UserError
+
+FOLDER = Path(__file__).parent
+STREAM = "megatron_prism.data_prep.sources.stream:rows"
+RESOLVED = ("domain", "column", "format", "messages", "keep", "sample", "dataset", "min_characters")
+"""Keys of a recipe that become the source's own."""
+
+
+class DatasetConfig(Block):
+    """One split of a dataset on the Hugging Face hub."""
+
+    id: str
+    """owner/name"""
+    config: str | None = None
+    """its configuration ("subset"); none: the default one"""
+    folder: str | None = None
+    """the folder of it to read; none: all"""
+    split: str = "train"
+    """its split"""
+    revision: str | None = None
+    """commit to read; none: the newest (set it to be able to repeat a run)"""
+
+
+class KeepConfig(Block):
+    """A rule on one column: rows that fail it are dropped, and counted under it. Give exactly one test."""
+
+    column: str
+    """the column, or JSON key"""
+    at_least: float | None = None
+    """the number is this or more"""
+    equals: str | float | None = None
+    """the value is this"""
+    not_equals: str | float | None = None
+    """the value is anything else"""
+    one_of: list[str] | None = None
+    """the text is one of these"""
+    starts_with: str | None = None
+    """the text begins so"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "KeepConfig":
+        if len(self._tests()) != 1:
+            raise ValueError(f"keep rule on {self.column!r} needs exactly one of {', '.join(formats.SIGNS)}; it has {list(self._tests()) or 'none'}")
+        return self
+
+    def _tests(self) -> dict[str, Any]:
+        return {test: getattr(self, test) for test in formats.SIGNS if getattr(self, test) is not None}
+
+    @property
+    def rule(self) -> formats.Rule:
+        """As the workers take it."""
+        ((test, value),) = self._tests().items()
+        whole = isinstance(value, float) and value.is_integer()
+        return formats.Rule(self.column, test, int(value) if whole else value)  # type: ignore[arg-type]
+
+
+class MessagesConfig(Block):
+    """A column of turns."""
+
+    column: str = "messages"
+    """the column of the list"""
+    role: str = "role"
+    """key of a turn's role: user or human, assistant or gpt, system"""
+    content: str = "content"
+    """key of a turn's text"""
+    style: Literal["question_answer", "chat"]
+    """question_answer: texts joined by a line break; chat: with plain-text roles, as "User: " and "Assistant: " """
+    answer: str | None = None
+    """a column that holds the last turn, where the list lacks it"""
+
+
+class SampleConfig(Block):
+    """A seeded sample of the rows that pass `keep`, the same whatever the order or cut of the files."""
+
+    count: Positive
+    """rows from each entry of `paths` (each dataset, when streamed)"""
+    key: str = "id"
+    """text column that tells rows apart"""
+    seed: NonNegative = 1234
+    """of the choice"""
+
+
+class SourceRecipe(Block):
+    """A file of data_prep/sources."""
+
+    about: str
+    """what it is, and what of it is uncertain"""
+    read_at: str
+    """where the columns were read; "not found" is an answer"""
+    domain: Literal["general", "math", "code", "science"]
+    """reports add sources up by it"""
+    pool_tokens_billions: PositiveFloat | None = None
+    """size in the paper's Table 1 (tokens of Granite-3.3-8B); none: the paper gives none"""
+    long_pool_tokens_billions: PositiveFloat | None = None
+    """size after the long-context stage's length filter (Table 18)"""
+    dataset: list[DatasetConfig] = Field(default=[], min_length=1)
+    """where it is on the hub; several are read one after another"""
+    no_text_on_hub: str | None = None
+    """why it cannot be streamed: what the hub holds instead of text"""
+    column: str = "text"
+    """the column that holds the document"""
+    format: str | None = None
+    """instead: a text with {column} names"""
+    messages: MessagesConfig | None = None
+    """instead: a column of turns"""
+    keep: list[KeepConfig] = Field(default=[])
+    """rules that a row must pass, in order"""
+    sample: SampleConfig | None = None
+    """take so many of the rows kept"""
+    min_characters: Positive | None = None
+    """shorter documents are dropped"""
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_source_recipe(name: str) -> SourceRecipe:
+    """The recipe of a name, or of a path ending in .toml. Errors: UserError for unknown names and wrong keys."""
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if path.parent == FOLDER and not path.is_file():
+        raise UserError(f"recipe={name!r} is no source recipe; known: {', '.join(recipe_names())}, or give the path of a .toml file")
+    return validate(read_toml(path), SourceRecipe, where=str(path))
+
+
+def with_recipe(source: dict[str, Any]) -> dict[str, Any]:
+    """A [[source]] table with its recipe's keys under its own, and with the stream in place of paths where it gives none.
+
+    `path` is short for `paths` of one. Errors: UserError for an unknown recipe, ValueError where there is neither a path nor text on the hub.
+    """
+    source = dict(source)
+    if "path" in source:
+        if source.get("paths"):
+            raise ValueError("give path or paths, and not both")
+        source["paths"] = [source.pop("path")]
+    if source.get("recipe") is None:
+        return _streamed(source)
+    recipe = load_source_recipe(source["recipe"])
+    if recipe.no_text_on_hub and not source.get("paths") and not source.get("function"):
+        raise ValueError(f"recipe {source['recipe']!r} needs paths: {recipe.no_text_on_hub}")
+    own_text = {"column", "format", "messages"} & source.keys()
+    defaults = recipe.model_dump(mode="json", include=set(RESOLVED), exclude_none=True)
+    defaults = {key: value for key, value in defaults.items() if not (own_text and key in ("column", "format", "messages"))}
+    return _streamed({"name": Path(source["recipe"]).stem, **defaults, **source})
+
+
+def _streamed(source: dict[str, Any]) -> dict[str, Any]:
+    if source.get("paths") or source.get("function") or not source.get("dataset"):
+        return source
+    try:
+        columns = source_columns(source)
+    except (AttributeError, KeyError, TypeError):  # of another shape than the schema's, which says so next
+        columns = []
+    return {**source, "function": STREAM, "arguments": {"datasets": source["dataset"], "columns": columns}}
+
+
+def source_columns(source: dict[str, Any]) -> list[str]:
+    """The columns that a [[source]] table reads: those of its text, of its rules and of its sample, each once."""
+    messages, sample = source.get("messages"), source.get("sample")
+    if messages:
+        columns = [messages.get("column", "messages"), *([messages["answer"]] if messages.get("answer") else [])]
+    elif source.get("format") is not None:
+        columns = re.findall(r"\{([^{}]+)\}", source["format"])
+    else:
+        columns = [source.get("column", "text")]
+    columns += [rule["column"] for rule in source.get("keep") or []]
+    return list(dict.fromkeys([*columns, *([sample.get("key", "id")] if sample else [])]))
