@@ -38,13 +38,13 @@ class SourceConfig(Block):
     """instead of one column: a text with {column} names, as "{question}\\n{answer}" """
     messages: MessagesConfig | None = None
     """instead of one column: a list of turns"""
-    keep: list[KeepConfig] = Field(default=[])
+    keep: list[KeepConfig] | None = None
     """rules that a row must pass, in order; what each drops is counted in report.json"""
     sample: SampleConfig | None = None
     """take so many of the rows that pass the rules, by a seeded choice"""
     min_characters: Positive | None = None
     """shorter documents are dropped, and counted"""
-    dataset: list[DatasetConfig] = Field(default=[])
+    dataset: list[DatasetConfig] | None = None
     """on the Hugging Face hub: streamed where neither paths nor function are given"""
     documents: Literal["file", "paragraph"] = "file"
     """plain text: one document per file, or one per block of lines between blank lines"""
@@ -60,7 +60,7 @@ class SourceConfig(Block):
             raise ValueError(f"source name {self.name!r} becomes a folder: use letters, digits, '.', '_', '-', and not {RESERVED_NAMES}")
         if bool(self.paths) == (self.function is not None):
             raise ValueError(f"source {self.name!r} needs either paths or function, and not both")
-        if self.sample and self.paths and len(self.paths) < len(self.dataset):
+        if self.sample and self.dataset and self.paths and len(self.paths) < len(self.dataset):
             parts = ", ".join(f"{dataset.id} {dataset.split}" for dataset in self.dataset)
             raise ValueError(f"source {self.name!r} takes {self.sample.count} rows of each of {parts}: give a path for each, in this order")
         if self.messages is not None and self.format is not None:

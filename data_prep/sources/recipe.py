@@ -119,7 +119,7 @@ class SourceRecipe(Block):
     """instead: a text with {column} names"""
     messages: MessagesConfig | None = None
     """instead: a column of turns"""
-    keep: list[KeepConfig] = Field(default=[])
+    keep: list[KeepConfig] | None = None
     """rules that a row must pass, in order"""
     sample: SampleConfig | None = None
     """take so many of the rows kept"""

@@ -22,7 +22,7 @@ class Selector:
     def __init__(self, source: SourceConfig, found: list[Input], keep_bad: int):
         self.source, self.found = source, found
         messages = Messages(**source.messages.model_dump()) if source.messages else None
-        rules = tuple(keep.rule for keep in source.keep)
+        rules = tuple(keep.rule for keep in source.keep or ())
         self.extract = Extract(source.column, source.format, keep_bad, messages, rules, None, source.min_characters)
 
     def extract_for(self, chunk: Chunk) -> Extract:

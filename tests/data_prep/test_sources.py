@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import sys
+import tomllib
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_prism.config import load_recipe, validate
+from megatron_prism.config import load_recipe, to_toml, validate
 from megatron_prism.data_prep import inputs
 from megatron_prism.data_prep.documents import read_chunk
 from megatron_prism.data_prep.formats import Rule
@@ -229,7 +230,9 @@ def test_the_sample_is_exact_seeded_and_free_of_file_order(tmp_path):
     again = sample(write(tmp_path / "reversed", "jsonl", rows[::-1]))[0]
     assert sorted(again) == sorted(texts)
     assert set(sample(seed=7)[0]) != set(texts)
-    assert set(texts[:70]) - set(texts[70:]), "the parts are drawn apart"
+    twice = extracted(source_of(recipe="open_code_reasoning_2", paths=[python, write(tmp_path / "same", "jsonl", rows)], sample={"count": 70}))[0]
+    assert len(twice) == 140
+    assert set(twice[:70]) != set(twice[70:]), "the parts are drawn apart"
 
 
 def test_a_sample_of_two_parts_asks_for_two_paths():
@@ -304,6 +307,11 @@ def test_a_prep_run_reports_kept_and_dropped_rows(tmp_path, tokenizer_folder):
     resolved = load_recipe(output / "config.toml", [], PrepConfig)
     assert resolved.source == config.source, "the resolved config says what the recipes said"
     assert prep.run(config) == output
+
+
+def test_a_source_without_rules_resolves_as_it_did_before_there_were_any():
+    keys = set(tomllib.loads(to_toml(source_of(name="s", path="x"))))
+    assert keys == {"name", "domain", "paths", "arguments", "column", "documents"}, "a finished output of an older version is still current"
 
 
 def test_progress_of_an_older_run_reads_as_nothing_dropped():
