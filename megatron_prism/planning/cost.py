@@ -44,8 +44,16 @@ def describe_run(model: ModelConfig, plan: ParallelPlan, steps: int, global_batc
             f"per rank     {readable_bytes(need.total)} on the fullest: {kinds} (estimate)",
             f"tokens       {tokens:,} = {steps:,} steps x {global_batch:,} sequences x {seq_len:,}",
             f"model FLOPs  {causal:.3e} (causal attention), {full:.3e} (full attention); {again}",
+            *([f"note         {note}"] if (note := length_note(model, seq_len)) else []),
         ]
     )
+
+
+def length_note(model: ModelConfig, seq_len: int) -> str | None:
+    """What to know of sequences longer than the model has been trained on; None for others."""
+    if seq_len <= model.max_position_embeddings:
+        return None
+    return f"{seq_len:,} tokens exceed max_position_embeddings={model.max_position_embeddings:,}: the model has not been trained on such lengths"
 
 
 def readable_bytes(count: float) -> str:

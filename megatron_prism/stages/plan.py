@@ -124,6 +124,8 @@ def _print_model(name: str, model: ModelConfig, seq_len: int) -> None:
     print(f"FLOPs    {causal:.2f}e9 a token at {seq_len:,} tokens with causal attention, {full:.2f}e9 with full; forward and backward")
     sizes = ", ".join(f"{kind} {cost.readable_bytes(size * total)}" for kind, size in BYTES_PER_PARAMETER.items())
     print(f"bytes    {sizes} (bf16 training, before any cut)")
+    if note := cost.length_note(model, seq_len):
+        print(f"note     {note}")
 
 
 def _layers(model: ModelConfig) -> str:

@@ -102,3 +102,8 @@ def test_the_command_prints_a_plan_without_torch():
     )
     assert "take     parallel.tp=2" in done.stdout
     assert done.stderr.strip() == "False"
+
+
+def test_sequences_longer_than_the_model_knows_are_pointed_out(capsys):
+    assert "8,193 tokens exceed max_position_embeddings=8,192" in plan(capsys, "nemotron-h-8b-base-8k", seq_len=8193)
+    assert "exceed" not in plan(capsys, "nemotron-h-8b-base-8k", seq_len=8192)
