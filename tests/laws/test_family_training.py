@@ -24,16 +24,14 @@ LAYOUTS = {
     2: {
         "tp": (MODELS[1:], TP),
         "tp_sp": (MODELS, SP),
-        "recompute": (MODELS[1:], {**SP, "recompute": "full"}),
         "pp": (MODELS, PP),
         "uneven": (MODELS[1:], UNEVEN),  # a pipeline may be cut anywhere in the pattern: 3 layers and 5
         "dp": (MODELS, {}),
     },
     4: {
-        "tp4_sp": (MODELS[1:], {**SP, "parallel.tp": 4}),
         "tp_sp_pp": (MODELS, {**SP, **PP}),
-        "tp_sp_dp": (MODELS, SP),
-        "pp_dp": (MODELS, PP),
+        "tp_sp_dp": (MODELS[1:], SP),
+        "pp_dp": (MODELS[1:], PP),
     },
 }
 """ranks -> layout -> the models that try it, and its settings"""
