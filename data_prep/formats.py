@@ -15,7 +15,7 @@ PART = "prism_part"
 """Column that a streamed row carries: which of the source's datasets it is from, counted from 0."""
 ROLES = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 Test = Literal["at_least", "equals", "not_equals", "one_of", "starts_with"]
-SIGNS: dict[str, str] = {"at_least": ">=", "equals": "==", "not_equals": "!=", "one_of": "in", "starts_with": "starts with"}
+SIGNS: dict[Test, str] = {"at_least": ">=", "equals": "==", "not_equals": "!=", "one_of": "in", "starts_with": "starts with"}
 
 
 class BadRecordError(Exception):

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_prism.config import Block, NonNegative, Positive, PositiveFloat
-from megatron_prism.data_prep.sources.recipe import DatasetConfig, KeepConfig, MessagesConfig, SampleConfig, source_columns, with_recipe
+from megatron_prism.data_prep.sources.recipe import DatasetConfig, TextConfig, source_columns, with_recipe
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED_NAMES = ("tokenizer",)
 
 
-class SourceConfig(Block):
+class SourceConfig(TextConfig):
     """One source of text: files, or a Python function that yields documents."""
 
     name: str
@@ -32,18 +32,6 @@ class SourceConfig(Block):
     """keyword arguments of the function"""
     kind: Literal["jsonl", "parquet", "text"] | None = None
     """what the files are; none: by suffix"""
-    column: str = "text"
-    """the column, or JSON key, that holds the document"""
-    format: str | None = None
-    """instead of one column: a text with {column} names, as "{question}\\n{answer}" """
-    messages: MessagesConfig | None = None
-    """instead of one column: a list of turns"""
-    keep: list[KeepConfig] | None = None
-    """rules that a row must pass, in order; what each drops is counted in report.json"""
-    sample: SampleConfig | None = None
-    """take so many of the rows that pass the rules, by a seeded choice"""
-    min_characters: Positive | None = None
-    """shorter documents are dropped, and counted"""
     dataset: list[DatasetConfig] | None = None
     """on the Hugging Face hub: streamed where neither paths nor function are given"""
     documents: Literal["file", "paragraph"] = "file"

@@ -58,5 +58,5 @@ def gradients(run: Path) -> dict[str, torch.Tensor]:
         rows = [slice(0, entry.rule.shape(model)[0])] if entry.rule.padded else []
         moment = reader.read(f"optimizer.state.exp_avg.{key}", *([entry.layer] if stacked else []), *rows)
         parts = entry.rule.split(moment / (1 - BETA1), model)
-        found |= {part.name: tensor for part, tensor in zip(weights._parts(entry, model), parts, strict=True)}
+        found |= {part.name: tensor for part, tensor in zip(entry.parts(model), parts, strict=True)}
     return found

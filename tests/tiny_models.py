@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_prism.engine.verify import without_cuda_kernels
+
 BASE = {
     "vocab_size": 131,
     "hidden_size": 32,
@@ -171,7 +173,8 @@ def write_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    with without_cuda_kernels():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     randomize(model)
     for key, parameter in model.named_parameters():
         parameter.data = parameter.data if key.endswith(KEPT_FP32) else parameter.data.to(dtype)

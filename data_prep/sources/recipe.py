@@ -18,8 +18,6 @@ from megatron_prism.errors import UserError
 
 FOLDER = Path(__file__).parent
 STREAM = "megatron_prism.data_prep.sources.stream:rows"
-RESOLVED = ("domain", "column", "format", "messages", "keep", "sample", "dataset", "min_characters")
-"""Keys of a recipe that become the source's own."""
 
 
 class DatasetConfig(Block):
@@ -59,7 +57,7 @@ class KeepConfig(Block):
             raise ValueError(f"keep rule on {self.column!r} needs exactly one of {', '.join(formats.SIGNS)}; it has {list(self._tests()) or 'none'}")
         return self
 
-    def _tests(self) -> dict[str, Any]:
+    def _tests(self) -> dict[formats.Test, Any]:
         return {test: getattr(self, test) for test in formats.SIGNS if getattr(self, test) is not None}
 
     @property
@@ -67,7 +65,7 @@ class KeepConfig(Block):
         """As the workers take it."""
         ((test, value),) = self._tests().items()
         whole = isinstance(value, float) and value.is_integer()
-        return formats.Rule(self.column, test, int(value) if whole else value)  # type: ignore[arg-type]
+        return formats.Rule(self.column, test, int(value) if whole else value)
 
 
 class MessagesConfig(Block):
@@ -96,7 +94,24 @@ class SampleConfig(Block):
     """of the choice"""
 
 
-class SourceRecipe(Block):
+class TextConfig(Block):
+    """What of a row is the document, and which rows are taken."""
+
+    column: str = "text"
+    """the column, or JSON key, that holds the document"""
+    format: str | None = None
+    """instead of one column: a text with {column} names, as "{question}\\n{answer}" """
+    messages: MessagesConfig | None = None
+    """instead of one column: a list of turns"""
+    keep: list[KeepConfig] | None = None
+    """rules that a row must pass, in order; what each drops is counted in report.json"""
+    sample: SampleConfig | None = None
+    """take so many of the rows that pass the rules, by a seeded choice"""
+    min_characters: Positive | None = None
+    """shorter documents are dropped, and counted"""
+
+
+class SourceRecipe(TextConfig):
     """A file of data_prep/sources."""
 
     about: str
@@ -113,18 +128,6 @@ class SourceRecipe(Block):
     """where it is on the hub; several are read one after another"""
     no_text_on_hub: str | None = None
     """why it cannot be streamed: what the hub holds instead of text"""
-    column: str = "text"
-    """the column that holds the document"""
-    format: str | None = None
-    """instead: a text with {column} names"""
-    messages: MessagesConfig | None = None
-    """instead: a column of turns"""
-    keep: list[KeepConfig] | None = None
-    """rules that a row must pass, in order"""
-    sample: SampleConfig | None = None
-    """take so many of the rows kept"""
-    min_characters: Positive | None = None
-    """shorter documents are dropped"""
 
 
 def recipe_names() -> list[str]:
@@ -156,7 +159,7 @@ def with_recipe(source: dict[str, Any]) -> dict[str, Any]:
     if recipe.no_text_on_hub and not source.get("paths") and not source.get("function"):
         raise ValueError(f"recipe {source['recipe']!r} needs paths: {recipe.no_text_on_hub}")
     own_text = {"column", "format", "messages"} & source.keys()
-    defaults = recipe.model_dump(mode="json", include=set(RESOLVED), exclude_none=True)
+    defaults = recipe.model_dump(mode="json", include={"domain", "dataset", *TextConfig.model_fields}, exclude_none=True)
     defaults = {key: value for key, value in defaults.items() if not (own_text and key in ("column", "format", "messages"))}
     return _streamed({"name": Path(source["recipe"]).stem, **defaults, **source})
 

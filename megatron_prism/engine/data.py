@@ -94,7 +94,7 @@ class SampleReader:
         window = torch.from_numpy(np.stack(rows))
         tokens, labels = window[:, :-1].contiguous(), window[:, 1:].contiguous()
         mask = torch.ones(tokens.shape) if self.masked_token is None else (tokens != self.masked_token).float()
-        positions = torch.arange(self.seq_len).expand_as(tokens)
+        positions = torch.arange(self.seq_len).repeat(len(tokens), 1)  # not expanded: overlapping memory cannot be pinned
         return MicroBatch(tokens, labels, positions, mask, torch.tensor(sources))
 
     def step(self, first_sample: int, mesh: Mesh, device: torch.device) -> Iterator[MicroBatch]:

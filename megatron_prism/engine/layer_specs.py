@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
@@ -125,13 +126,13 @@ class HybridStack(MambaStack):
         return hidden
 
 
-class Recomputed:
+class Recomputed(torch.nn.Module):
     """A layer that keeps its input alone while training and runs again in the backward pass."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """The layer's own forward: hidden states, or (hidden states, no context) of a TransformerLayer."""
         layer: Any = super()
-        if not self.training:  # type: ignore[attr-defined]
+        if not self.training:
             return layer.forward(hidden_states=hidden_states, **kwargs)
         returns_pair = isinstance(self, TransformerLayer)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer.module import Float16Module
@@ -40,7 +41,7 @@ class BuildOptions:
     hidden_dropout: float = 0.0
 
 
-class LanguageModel:
+class LanguageModel(LanguageModule):
     """What megatron-core's models lack, for either of them: padded vocabulary rows take no part in the softmax, RoPE takes any scaling, and
     Granite's multipliers of embedding and logits stand in the forward pass.
 
@@ -56,7 +57,7 @@ class LanguageModel:
         self.vocabulary = model.vocab_size
         self.embedding_multiplier, self.logits_scaling = model.embedding_multiplier, model.logits_scaling
         if model.position_embedding == "rope":
-            rotary: Any = self.rotary_pos_emb  # type: ignore[attr-defined]
+            rotary: Any = self.rotary_pos_emb
             rotary.inv_freq = inverse_frequencies(model).to(rotary.inv_freq.device)
 
     def forward(
@@ -69,13 +70,12 @@ class LanguageModel:
         **kwargs: Any,
     ) -> Tensor:
         """input_ids, position_ids [b, s] -> loss of each token [b, s] with labels [b, s], else logits [b, s, v/tp]; hidden states before the end."""
-        me: Any = self
-        if me.pre_process and decoder_input is None:
-            decoder_input = me.embedding(input_ids=input_ids, position_ids=position_ids)
+        if self.pre_process and decoder_input is None:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             if self.embedding_multiplier != 1.0:
                 decoder_input = decoder_input * self.embedding_multiplier
-        out: Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input=decoder_input, labels=labels, **kwargs)  # type: ignore[misc]
-        return out / self.logits_scaling if me.post_process and labels is None and self.logits_scaling != 1.0 else out
+        out: Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input=decoder_input, labels=labels, **kwargs)
+        return out / self.logits_scaling if self.post_process and labels is None and self.logits_scaling != 1.0 else out
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, v/tp] -> cross-entropy of each token [b, s]; the softmax runs over the real vocabulary."""
@@ -83,7 +83,7 @@ class LanguageModel:
             logits.div_(self.logits_scaling)  # in place, as the mask below: a second copy of all logits would be the peak of memory
         if self.padded_rows:
             logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
-        loss: Tensor = super().compute_language_model_loss(labels, logits)  # type: ignore[misc]
+        loss: Tensor = super().compute_language_model_loss(labels, logits)
         return loss
 
     @torch.no_grad()

@@ -3,7 +3,10 @@
 Both run on the CPU in fp32, one after the other, so memory holds one model at a time (4 bytes a parameter). One process, world of one.
 """
 
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +109,22 @@ def transformers_model(hf_dir: Path, **options: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True, **options).eval()
+    with without_cuda_kernels():
+        return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True, **options).eval()
+
+
+@contextmanager
+def without_cuda_kernels() -> Iterator[None]:
+    """transformers (5.17) takes these packages when it first reads a Mamba model's module and calls them on the CPU too, where they fail: hidden."""
+    packages = dict.fromkeys(("causal_conv1d", "mamba_ssm"))
+    loaded = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(packages)  # type: ignore[arg-type]  # None: "not installed", for import
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(loaded)
 
 
 def _round(model: torch.nn.Module, through: torch.dtype | None) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from megatron_prism import artifact, families
 from megatron_prism.engine import gguf_file, hf, run_folder, sharded
 from megatron_prism.errors import UserError
-from megatron_prism.families.family import Family, Layered
+from megatron_prism.families.family import Family, Layered, numbered
 from megatron_prism.families.model_config import ModelConfig
-from megatron_prism.families.rules import Drop, Part, Tied
+from megatron_prism.families.rules import Drop, Tied
 
 HF, SHARDED, STATE, SOURCE_TYPES = "hf", "sharded", "state.json", "weights.json"
 ITERATION_FILE = "latest_checkpointed_iteration.txt"
@@ -91,11 +91,12 @@ def write_hf(folder: Path, output: Path, dtype: str | None = None, max_shard_byt
     names = MegatronNames(reader, family, model)
     (output / "config.json").unlink(missing_ok=True)
     hf.carry_files(folder / HF, output, leave=["config.json", SOURCE_TYPES])
-    asked, original = _export_dtypes(folder, wanted), _export_dtypes(folder, None)
+    asked = _export_dtypes(folder, wanted)
     plan = []
     for entry in family.rules(model):
-        types = original if entry.rule.keep_fp32 and wanted != torch.float32 else asked
-        plan += [hf.Planned(part.name, part.shape, types(part.name, names.dtype(entry))) for part in _parts(entry, model)]
+        stored = names.dtype(entry)
+        as_stored = entry.rule.keep_fp32 and wanted != torch.float32
+        plan += [hf.Planned(part.name, part.shape, stored if as_stored else asked(part.name, stored)) for part in entry.parts(model)]
     hf.write_weights(output, plan, _hf_tensors(names, family, model), max_shard_bytes)
     temporary = output / ".config.json.tmp"
     shutil.copyfile(folder / HF / "config.json", temporary)
@@ -125,15 +126,15 @@ def open_hf(folder: Path) -> Source:
     check_names(reader, family, model)
 
     def sections(entry: Layered) -> list[Tensor]:
-        return entry.rule.sections([reader.tensor(part.name) for part in _parts(entry, model)], model)
+        return entry.rule.sections([reader.tensor(part.name) for part in entry.parts(model)], model)
 
-    read = {part.name for entry in family.rules(model) for part in _parts(entry, model)}
+    read = {part.name for entry in family.rules(model) for part in entry.parts(model)}
     return Source(family, model, folder, sections, {name: reader.entries[name].dtype for name in sorted(read)})
 
 
 def check_names(reader: hf.Reader, family: Family, model: ModelConfig) -> None:
     """Compare a folder's tensors with what the rules read. Errors: UserError by name, for a missing, unknown, misshapen or untied tensor."""
-    needed = {part.name: part.shape for entry in family.rules(model) for part in _parts(entry, model)}
+    needed = {part.name: part.shape for entry in family.rules(model) for part in entry.parts(model)}
     missing = sorted(needed.keys() - reader.entries.keys())
     if missing:
         raise UserError(f"{reader.folder} lacks {_some(missing)}, which its config.json asks for")
@@ -165,12 +166,6 @@ def _unread_names(rule: object, model: ModelConfig) -> list[str]:
     return []
 
 
-def _parts(entry: Layered, model: ModelConfig) -> list[Part]:
-    """The Hugging Face tensors of a rule, with the layer's number in their names."""
-    layer = "" if entry.hf_layer is None else str(entry.hf_layer)
-    return [Part(part.name.replace("{i}", layer), part.shape) for part in entry.rule.parts(model)]
-
-
 # --- into and out of torch_dist ----------------------------------------------------------------------------------------------------------------
 
 
@@ -191,12 +186,7 @@ def _pieces(source: Source, pp: int, dtype: torch.dtype | None) -> Iterator[shar
             for module in modules:
                 key = f"decoder.layers.{module}._extra_state"
                 yield sharded.EmptyObject(numbered(key, seen) if model.is_hybrid else key, place, stage)
-        yield sharded.Piece(numbered(entry.rule.key, seen) if model.is_hybrid else entry.rule.key, sections, place, entry.rule.tp_axis, stage)
-
-
-def numbered(key: str, layer: int) -> str:
-    """The key of one layer's own tensor."""
-    return key.replace("decoder.layers.", f"decoder.layers.{layer}.")
+        yield sharded.Piece(entry.key(model), sections, place, entry.rule.tp_axis, stage)
 
 
 class MegatronNames:
@@ -259,7 +249,7 @@ class MegatronNames:
 def _hf_tensors(names: MegatronNames, family: Family, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for entry in family.rules(model):
         tensors = entry.rule.split(names.read(entry), model)
-        yield from ((part.name, tensor) for part, tensor in zip(_parts(entry, model), tensors, strict=True))
+        yield from ((part.name, tensor) for part, tensor in zip(entry.parts(model), tensors, strict=True))
 
 
 # --- existing Megatron-LM checkpoints ----------------------------------------------------------------------------------------------------------
@@ -281,7 +271,7 @@ def _open_megatron(folder: Path, like: Path | None) -> Source:
     def sections(entry: Layered) -> list[Tensor]:
         return [names.read(entry)]
 
-    entries = [(part.name, entry) for entry in family.rules(model) for part in _parts(entry, model)]
+    entries = [(part.name, entry) for entry in family.rules(model) for part in entry.parts(model)]
     return Source(family, model, like, sections, {name: names.dtype(entry) for name, entry in entries})
 
 

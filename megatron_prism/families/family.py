@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
-from megatron_prism.families.rules import Drop, Rule, Tied
+from megatron_prism.families.rules import Drop, Part, Rule, Tied
 
 Config = Mapping[str, Any]
 
@@ -37,6 +37,15 @@ class Layered:
     """megatron-core's layer, from 0"""
     hf_layer: int | None = None
     """the layer of the Hugging Face model, from 0"""
+
+    def key(self, model: ModelConfig) -> str:
+        """megatron-core's global key. A hybrid model's layers have keys of their own; a dense one's share one, with a leading layer axis."""
+        return self.rule.key if self.layer is None or not model.is_hybrid else numbered(self.rule.key, self.layer)
+
+    def parts(self, model: ModelConfig) -> list[Part]:
+        """The Hugging Face tensors of the rule, with the layer's number in their names."""
+        layer = "" if self.hf_layer is None else str(self.hf_layer)
+        return [Part(part.name.replace("{i}", layer), part.shape) for part in self.rule.parts(model)]
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,16 @@ def size(config: Config, key: str, default: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise UserError(f"config.json says {key}={value!r}; it must be a positive number")
     return value
+
+
+def numbered(key: str, layer: int) -> str:
+    """The key of one layer's own tensor."""
+    return key.replace("decoder.layers.", f"decoder.layers.{layer}.")
+
+
+def kv_heads(default: int) -> Callable[[Config], int]:
+    """transformers' default of num_key_value_heads for families with one of their own: as many as there are query heads where the key is null."""
+    return lambda config: config["num_attention_heads"] if "num_key_value_heads" in config else default
 
 
 _TYPES = {item.name: item.type for item in fields(ModelConfig)}

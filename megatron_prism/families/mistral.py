@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_prism.families import rope_config
-from megatron_prism.families.family import Config, Family, size
+from megatron_prism.families.family import Config, Family, kv_heads, size
 from megatron_prism.families.llama import LLAMA
 
 
@@ -20,7 +20,7 @@ MISTRAL: Family = replace(
     hf_type="mistral",
     defaults={
         **LLAMA.defaults,
-        "num_key_value_heads": lambda config: config["num_attention_heads"] if "num_key_value_heads" in config else 8,
+        "num_key_value_heads": kv_heads(8),
         "max_position_embeddings": 131_072,
     },
     features={rope_config.KEYS: rope_config.reader(10_000.0), ("sliding_window",): _window},

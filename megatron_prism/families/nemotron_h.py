@@ -10,7 +10,7 @@ from typing import Any
 from megatron_prism.errors import UserError
 from megatron_prism.families import mamba_config
 from megatron_prism.families.blocks import EMBEDDING, attention, final_norm, mamba, mlp_out, output_layer
-from megatron_prism.families.family import Config, Family, layer_kinds, size
+from megatron_prism.families.family import Config, Family, kv_heads, layer_kinds, size
 from megatron_prism.families.rules import Copy
 
 SYMBOLS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-"}
@@ -92,7 +92,7 @@ NEMOTRON_H = Family(
         "hidden_size": 4096,
         "intermediate_size": 21_504,
         "num_attention_heads": 32,
-        "num_key_value_heads": lambda config: config["num_attention_heads"] if "num_key_value_heads" in config else 8,
+        "num_key_value_heads": kv_heads(8),
         "vocab_size": 131_072,
         "max_position_embeddings": 4096,
         "layer_norm_epsilon": 1e-5,

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_prism.errors import UserError
 from megatron_prism.families import rope_config
-from megatron_prism.families.family import Config, Family, layer_kinds, size
+from megatron_prism.families.family import Config, Family, kv_heads, layer_kinds, size
 from megatron_prism.families.llama import LLAMA, biases
 
 
@@ -33,7 +33,7 @@ SMOLLM3: Family = replace(
     hf_type="smollm3",
     defaults={
         **LLAMA.defaults,
-        "num_key_value_heads": lambda config: config["num_attention_heads"] if "num_key_value_heads" in config else 4,
+        "num_key_value_heads": kv_heads(4),
         "max_position_embeddings": 32_768,
         "tie_word_embeddings": True,
     },

@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, write_llama
+from tiny_models import VARIANTS, write_llama, write_tiny
 
 from megatron_prism.engine import verify, weights
 from megatron_prism.errors import UserError
@@ -23,6 +26,30 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     assert found.relative < 1e-5, found
     reference = verify.transformers_logits(source, verify.token_ids(131, 256))
     assert reference.std() > 0.1 and reference.shape == (2, 128, 131)
+
+
+CUDA_ONLY = "def causal_conv1d_fn(x, weight, bias=None, activation=None):\n    raise RuntimeError('Expected x.is_cuda() to be true')\n"
+FORWARD = """
+import sys
+from pathlib import Path
+from megatron_prism.engine import verify
+import causal_conv1d
+logits = verify.transformers_logits(Path(sys.argv[1]), verify.token_ids(48, 64))
+assert sys.modules["causal_conv1d"] is causal_conv1d and "mamba_ssm" not in sys.modules
+print(float(logits.std()))
+"""
+
+
+def test_transformers_on_the_cpu_leaves_alone_the_cuda_kernels_that_are_installed(tmp_path):
+    write_tiny("granite_hybrid", tmp_path / "hf")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "causal_conv1d.py").write_text(CUDA_ONLY)
+    paths = os.pathsep.join([str(tmp_path / "site"), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", FORWARD, str(tmp_path / "hf")], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) > 0
 
 
 class SwappedGateUp(FuseGateUp):

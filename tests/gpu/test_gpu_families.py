@@ -15,9 +15,10 @@ from tiny_models import TINY
 from megatron_prism import families
 from megatron_prism.config import ParallelConfig
 from megatron_prism.data_prep.blend import load_blend
-from megatron_prism.engine import device, mcore, parallel, weights
+from megatron_prism.engine import device, mcore, parallel
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.model import BuildOptions, build, to_precision
+from megatron_prism.families.family import numbered
 from megatron_prism.planning.layout import make_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -50,9 +51,9 @@ def step(root: Path, name: str, options: BuildOptions, place: torch.device) -> t
     by_key = {key_of(item, model): item.data.grad.float().cpu() for item in weights_now if item.data.grad is not None}
     found = {}
     for entry in family.rules(model):
-        key = entry.rule.key if entry.layer is None else weights.numbered(entry.rule.key, entry.layer)
+        key = entry.rule.key if entry.layer is None else numbered(entry.rule.key, entry.layer)
         parts = entry.rule.split(by_key[key], model)
-        found |= {part.name: tensor for part, tensor in zip(weights._parts(entry, model), parts, strict=True)}
+        found |= {part.name: tensor for part, tensor in zip(entry.parts(model), parts, strict=True)}
     return loss.item(), found
 
 
@@ -61,7 +62,7 @@ def key_of(item: Any, model: families.ModelConfig) -> str:
     if model.is_hybrid or not item.key.startswith("decoder.layers."):
         return str(item.key)
     plain = item if not hasattr(item, "build") else next(iter(nested_values(item.build())))
-    return weights.numbered(item.key, plain.global_offset[0])
+    return numbered(item.key, plain.global_offset[0])
 
 
 def test_loss_and_gradients_are_those_of_transformers_with_fused_kernels(root):

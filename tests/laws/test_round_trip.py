@@ -122,3 +122,16 @@ def test_what_must_stay_fp32_is_rounded_by_no_conversion(tmp_path):
     assert len(kept) == 3 * 3
     for name, tensor in wanted.items():
         assert bits(back[name]) == bits(tensor if name in kept else tensor.bfloat16()), name
+
+
+def test_what_was_trained_in_fp32_is_exported_so_whatever_the_source_had(tmp_path):
+    from safetensors.torch import save_file
+
+    source = write_tiny("granite_hybrid", tmp_path / "hf", dtype=torch.bfloat16)
+    wanted = {name: tensor.bfloat16() for name, tensor in tensors_of(source).items()}
+    save_file(wanted, source / "model.safetensors", metadata={"format": "pt"})
+    back = tensors_of(weights.export_hf(checkpoint_from(tmp_path / "held_as_a_run_does", source, dtype="float32"), tmp_path / "back"))
+    longer = {name for name, tensor in back.items() if tensor.dtype != torch.bfloat16}
+    assert longer == {name for name in wanted if name.endswith(("A_log", ".D", "dt_bias"))}
+    assert all(torch.equal(back[name].bfloat16(), tensor) for name, tensor in wanted.items())
+    assert_same_model(source, weights.export_hf(checkpoint_from(tmp_path / "as_it_is", source), tmp_path / "same"))

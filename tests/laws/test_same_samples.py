@@ -60,6 +60,7 @@ def test_labels_are_the_next_tokens_and_the_mask_follows_each_end_of_document(bl
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
     assert torch.equal(batch.loss_mask == 0, batch.tokens == 0)
     assert 0 < int((batch.loss_mask == 0).sum()) < batch.loss_mask.numel() / 2
+    assert all(tensor.is_contiguous() for tensor in vars(batch).values())  # what the copy to a GPU pins
 
 
 def test_sources_are_drawn_in_exactly_the_counted_shares(blend):

@@ -6,6 +6,7 @@ No other rank exists: torch's fake process group stands for them, since nothing 
 """
 
 import functools
+import itertools
 import sys
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_prism import families
 from megatron_prism.config import ParallelConfig
-from megatron_prism.engine import device, parallel, weights
+from megatron_prism.engine import device, parallel
 from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.planning.layout import make_plan
 
@@ -51,8 +52,7 @@ def check(name: str, tp: int, rank: int) -> None:
             shape = (plan.padded_vocab_size, *shape[1:])
         if entry.layer is not None and not model.is_hybrid:
             shape = (model.num_layers, *shape)
-        key = entry.rule.key if entry.layer is None or not model.is_hybrid else weights.numbered(entry.rule.key, entry.layer)
-        expected[key] = shape
+        expected[entry.key(model)] = shape
     found = {piece.key: piece.global_shape for piece in pieces(chunk.sharded_state_dict())}
     assert found == expected, {key: (found.get(key), expected.get(key)) for key in found.keys() ^ expected.keys() or expected}
     held = sum(weight.numel() for weight in chunk.parameters())
@@ -62,14 +62,10 @@ def check(name: str, tp: int, rank: int) -> None:
 
 
 def pieces(state: dict[str, Any]) -> list[ShardedTensor]:
-    """Every sharded tensor of a state dict, those of factories too."""
-    found: list[ShardedTensor] = []
-    for item in nested_values(state):
-        if isinstance(item, ShardedTensorFactory):
-            found += pieces(item.build() if isinstance(item.build(), dict) else dict(enumerate(item.build())))  # type: ignore[arg-type]
-        elif not isinstance(item, ShardedObject):
-            found.append(item)
-    return found
+    """Every sharded tensor of a state dict, those that a factory makes too."""
+    items = [item for item in nested_values(state) if not isinstance(item, ShardedObject)]
+    built = [nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item] for item in items]
+    return list(itertools.chain.from_iterable(built))
 
 
 if __name__ == "__main__":
