@@ -49,13 +49,21 @@ class Run:
     progress: Progress
     log: MetricsLog
     started: float = field(default_factory=time.monotonic)
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=50))
+    recent: deque[tuple[float, int, float]] = field(default_factory=lambda: deque(maxlen=50))
+    """seconds, tokens, and seconds waited for data of the last steps"""
     stop_asked: bool = False
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to people."""
         return self.engine.mesh.rank == 0
+
+    def close(self) -> None:
+        """End the log and the threads that read data."""
+        self.log.close()
+        for reader in (self.data, self.held_out):
+            if reader is not None:
+                reader.close()
 
 
 def train(cfg: TrainConfig) -> Path:
@@ -67,7 +75,7 @@ def train(cfg: TrainConfig) -> Path:
         if finished and run.is_main:
             artifact.complete(cfg.output)
     finally:
-        run.log.close()
+        run.close()
         signal.signal(signal.SIGTERM, previous)
     return cfg.output
 
@@ -100,6 +108,8 @@ def every(interval: int | None, step: int) -> bool:
 def build_run(cfg: TrainConfig) -> Run:
     """Start the process groups, build the engine, and put it where the run stands: its own newest checkpoint, its start, or random weights."""
     place = device.setup(cfg.device)
+    if cfg.deterministic:
+        device.make_deterministic()
     parallel.start(place)
     model_config, plan = recipe.check(cfg, dist.get_world_size())
     mesh = parallel.build_mesh(plan, cfg.seed)
@@ -107,8 +117,7 @@ def build_run(cfg: TrainConfig) -> Run:
     if mesh.rank == 0:
         artifact.begin(cfg.output, "train", cfg, parents)
         _carry_model_files(cfg)
-    options = BuildOptions(precision=cfg.precision, recompute=cfg.recompute, layers=cfg.layers, hidden_dropout=cfg.hidden_dropout)
-    model = wrap_model(build(model_config, mesh, options, place), mesh, overlap=place.type == "cuda")
+    model = wrap_model(build(model_config, mesh, build_options(cfg), place), mesh, cfg.optimizer, overlap=place.type == "cuda")
     engine = Engine(model, build_optimizer(model, cfg.optimizer, cfg.precision == "bf16"), mesh, place)
     blend = load_blend(cfg.data.blend)
     data = SampleReader(blend, "train", cfg.data.seq_len, cfg.data.mask_end_of_document)
@@ -122,6 +131,20 @@ def build_run(cfg: TrainConfig) -> Run:
     run = Run(cfg, model_config, engine, data, held_out, parents, progress, log)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
     return run
+
+
+def build_options(cfg: TrainConfig) -> BuildOptions:
+    """What a recipe says of the model beyond its config and layout."""
+    return BuildOptions(
+        precision=cfg.precision,
+        recompute=cfg.recompute,
+        recompute_layers=cfg.recompute_layers,
+        layers=cfg.layers,
+        hidden_dropout=cfg.hidden_dropout,
+        fp8=cfg.fp8,
+        deterministic=cfg.deterministic,
+        fuse_gradients=True,
+    )
 
 
 def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader) -> Progress:
@@ -151,7 +174,7 @@ def _carry_model_files(cfg: TrainConfig) -> None:
 
 def _step(run: Run) -> StepReport:
     cfg, progress = run.cfg, run.progress
-    begun = time.perf_counter()
+    begun, waited = time.perf_counter(), run.data.waited_seconds
     lr = cfg.optimizer.lr * factor(cfg.schedule, progress.step, cfg.steps)
     stop = run.is_main and (run.stop_asked or _out_of_time(run))
     report = train_step(run.engine, run.data, progress.samples, lr, cfg.optimizer.weight_decay, signal=int(stop))
@@ -163,7 +186,7 @@ def _step(run: Run) -> StepReport:
     progress.step += 1
     progress.samples += cfg.global_batch
     progress.tokens += cfg.global_batch * cfg.data.seq_len
-    run.recent.append((time.perf_counter() - begun, cfg.global_batch * cfg.data.seq_len))
+    run.recent.append((time.perf_counter() - begun, cfg.global_batch * cfg.data.seq_len, run.data.waited_seconds - waited))
     return report
 
 
@@ -176,15 +199,16 @@ def _log(run: Run, report: StepReport) -> None:
     if not run.is_main:
         return
     cfg, progress = run.cfg, run.progress
-    seconds, tokens = (sum(column) for column in zip(*list(run.recent)[-cfg.log.interval :], strict=True))
-    rate = tokens / seconds
+    seconds, tokens, waited = (sum(column) for column in zip(*list(run.recent)[-cfg.log.interval :], strict=True))
+    rate, steps = tokens / seconds, min(len(run.recent), cfg.log.interval)
     metrics: dict[str, Any] = {
         "loss": report.loss,
         "lr": cfg.optimizer.lr * factor(cfg.schedule, progress.step - 1, cfg.steps),
         "grad_norm": report.grad_norm,
         "tokens": progress.tokens,
         "tokens_per_second": rate,
-        "seconds_per_step": seconds / min(len(run.recent), cfg.log.interval),
+        "seconds_per_step": seconds / steps,
+        "data_wait_seconds": waited / steps,
         "eta_seconds": (cfg.steps - progress.step) * cfg.global_batch * cfg.data.seq_len / rate,
         **_utilization(run, rate),
         **_by_source("loss", report.by_source, run.data.names),
