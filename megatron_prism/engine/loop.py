@@ -22,6 +22,7 @@ from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.metrics import MetricsLog
 from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
+from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import Engine, StepReport, evaluate_step, train_step
@@ -117,8 +118,7 @@ def build_run(cfg: TrainConfig) -> Run:
     if mesh.rank == 0:
         artifact.begin(cfg.output, "train", cfg, parents)
         _carry_model_files(cfg)
-    model = wrap_model(build(model_config, mesh, build_options(cfg), place), mesh, cfg.optimizer, overlap=place.type == "cuda")
-    engine = Engine(model, build_optimizer(model, cfg.optimizer, cfg.precision == "bf16"), mesh, place)
+    engine = build_engine(cfg, model_config, mesh, place)
     blend = load_blend(cfg.data.blend)
     data = SampleReader(blend, "train", cfg.data.seq_len, cfg.data.mask_end_of_document)
     if data.vocab_size > model_config.vocab_size:
@@ -131,6 +131,12 @@ def build_run(cfg: TrainConfig) -> Run:
     run = Run(cfg, model_config, engine, data, held_out, parents, progress, log)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
     return run
+
+
+def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place: torch.device) -> Engine:
+    """The model of a recipe with random weights, wrapped, and its optimizer: what `prism train` and `prism bench` both step."""
+    model = wrap_model(build(model_config, mesh, build_options(cfg), place), mesh, cfg.optimizer, overlap=place.type == "cuda")
+    return Engine(model, build_optimizer(model, cfg.optimizer, cfg.precision == "bf16"), mesh, place)
 
 
 def build_options(cfg: TrainConfig) -> BuildOptions:
