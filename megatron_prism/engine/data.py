@@ -2,11 +2,14 @@
 
 Sample i of a run is a function of the blend, the seed and i alone (`data_prep.sampler`). Step t takes samples t * global_batch to
 (t + 1) * global_batch; micro-batch m of data-parallel rank r takes the (m * dp + r)-th group of micro_batch samples of these. All ranks with one
-data-parallel rank read the same samples; nothing is broadcast.
+data-parallel rank read the same samples; nothing is broadcast. A background thread reads ahead of the step (`prefetch`): on a GPU the step finds its
+micro-batches in pinned memory and only starts their copy.
 """
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,13 @@ from torch import Tensor
 from megatron_prism.data_prep.blend import Blend
 from megatron_prism.data_prep.manifest import Manifest, ReadCheck, check_one_tokenizer, verify
 from megatron_prism.data_prep.sampler import Sampler
+from megatron_prism.engine.device import CPU
 from megatron_prism.engine.parallel import Mesh
+from megatron_prism.engine.prefetch import Prefetcher
+
+MICRO_BATCHES_AHEAD = 16
+"""Read before they are needed, and so held in memory: 20 bytes a token each."""
+COPIED = ("tokens", "labels", "loss_mask", "sources")
 
 
 @dataclass(frozen=True)
@@ -30,12 +39,16 @@ class MicroBatch:
     loss_mask: Tensor
     sources: Tensor
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch on a device; the copy overlaps with compute."""
+    def pinned(self) -> "MicroBatch":
+        """The same batch in memory that a GPU reads by itself, but for the positions, which `to` takes from the device."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in COPIED})
+
+    def to(self, device: torch.device, positions: Tensor | None = None) -> "MicroBatch":
+        """The same batch on a device; the copies overlap with compute. positions: those that are on the device already."""
         if device.type == "cpu":
             return self
-        names = ("tokens", "labels", "positions", "loss_mask", "sources")
-        return MicroBatch(**{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
+        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in COPIED}
+        return MicroBatch(**moved, positions=self.positions.to(device) if positions is None else positions)
 
 
 class SourceReader:
@@ -80,26 +93,77 @@ class SampleReader:
             ],
         }
         self.vocab_size = manifests[0].vocab_size
+        self._sampling = threading.Lock()  # the sampler's caches are not made for two threads
+        self._positions: dict[tuple[int, torch.device], Tensor] = {}
+        self._ahead: Prefetcher[MicroBatch] | None = None
+        self._ahead_of: tuple[int, int, torch.device] | None = None
+        self._waited_seconds = 0.0
 
     def tokens(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
         """The seq_len + 1 tokens of a sample, int64, and its place in the blend."""
-        sample = self.sampler.sample(index)
-        reader = self.readers[sample.source]
-        parts = [reader.read(span.document, span.offset, span.length) for span in sample.spans]
-        return np.concatenate(parts).astype(np.int64), sample.source
+        row = np.empty(self.seq_len + 1, np.int64)
+        return row, self._read_into(row, index)
 
     def micro_batch(self, indices: range) -> MicroBatch:
-        """The samples of one micro-batch."""
-        rows, sources = zip(*(self.tokens(index) for index in indices), strict=True)
-        window = torch.from_numpy(np.stack(rows))
-        tokens, labels = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-        mask = torch.ones(tokens.shape) if self.masked_token is None else (tokens != self.masked_token).float()
-        positions = torch.arange(self.seq_len).repeat(len(tokens), 1)  # not expanded: overlapping memory cannot be pinned
-        return MicroBatch(tokens, labels, positions, mask, torch.tensor(sources))
+        """The samples of one micro-batch. Any thread may call it: numpy alone, so that it takes no cores from torch's own threads."""
+        window = np.empty((len(indices), self.seq_len + 1), np.int64)
+        sources = np.array([self._read_into(row, index) for row, index in zip(window, indices, strict=True)])
+        tokens, labels = np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])
+        mask = np.ones(tokens.shape, np.float32) if self.masked_token is None else (tokens != self.masked_token).astype(np.float32)
+        tokens_bs, labels_bs, mask_bs, sources_b = (torch.from_numpy(array) for array in (tokens, labels, mask, sources))
+        return MicroBatch(tokens_bs, labels_bs, self.positions(len(indices), CPU), mask_bs, sources_b)
 
     def step(self, first_sample: int, mesh: Mesh, device: torch.device) -> Iterator[MicroBatch]:
-        """This data-parallel rank's micro-batches of the global batch that starts at `first_sample`."""
+        """This data-parallel rank's micro-batches of the global batch that starts at `first_sample`; those of later batches are read meanwhile.
+
+        Errors: those of reading, at the micro-batch that they belong to.
+        """
         plan = mesh.plan
-        for number in range(plan.num_microbatches):
-            start = first_sample + (number * plan.dp + mesh.dp_rank) * plan.micro_batch
-            yield self.micro_batch(range(start, start + plan.micro_batch)).to(device)
+        stride = plan.dp * plan.micro_batch
+        ahead = self._reading_ahead(stride, plan.micro_batch, device)
+        start = first_sample + mesh.dp_rank * plan.micro_batch
+        for place in range(start, start + plan.num_microbatches * stride, stride):
+            yield ahead.get(place).to(device, self.positions(plan.micro_batch, device))
+
+    def positions(self, rows: int, device: torch.device) -> Tensor:
+        """0 to seq_len - 1 in each row, int64 [rows, s]; the same tensor at every call."""
+        if (rows, device) not in self._positions:  # not expanded: overlapping memory cannot be pinned
+            self._positions[rows, device] = torch.arange(self.seq_len, device=device).repeat(rows, 1)
+        return self._positions[rows, device]
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long steps have waited for samples, in all."""
+        return self._waited_seconds + (self._ahead.waited_seconds if self._ahead else 0.0)
+
+    def close(self) -> None:
+        """End the background thread. A later step starts another."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._waited_seconds += self._ahead.waited_seconds
+        self._ahead = self._ahead_of = None
+
+    def _read_into(self, row: np.ndarray[Any, Any], index: int) -> int:
+        """Fill a row with the tokens of a sample; its place in the blend."""
+        with self._sampling:
+            sample = self.sampler.sample(index)
+        filled = 0
+        for span in sample.spans:
+            row[filled : filled + span.length] = self.readers[sample.source].read(span.document, span.offset, span.length)
+            filled += span.length
+        return sample.source
+
+    def _reading_ahead(self, stride: int, micro_batch: int, device: torch.device) -> Prefetcher[MicroBatch]:
+        """The thread that reads micro-batches `stride` samples apart; another layout gets another."""
+        if self._ahead is None or self._ahead_of != (stride, micro_batch, device):
+            self.close()
+            on_gpu = device.type == "cuda"
+            # a new thread stands on the first GPU, where pinning would open a context of its own
+            on_start = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
+            self._ahead = Prefetcher(partial(self._prepare, micro_batch, on_gpu), stride, MICRO_BATCHES_AHEAD, on_start)
+            self._ahead_of = (stride, micro_batch, device)
+        return self._ahead
+
+    def _prepare(self, micro_batch: int, pin: bool, start: int) -> MicroBatch:
+        batch = self.micro_batch(range(start, start + micro_batch))
+        return batch.pinned() if pin else batch

@@ -166,6 +166,9 @@ def _line(step: int, total_steps: int, metrics: Metrics) -> str:
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     if metrics.get("mfu") is not None:
         parts.append(f"MFU {100 * metrics['mfu']:.1f} % (causal)")
+    waited = metrics["data_wait_seconds"] / metrics["seconds_per_step"]
+    if waited > 0.01:
+        parts.append(f"data wait {100 * waited:.1f} %")
     parts.append(f"ETA {_duration(metrics['eta_seconds'])}")
     return "  ".join(parts)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import torch
@@ -77,11 +78,11 @@ def forward_backward(engine: Engine, data: SampleReader, first_sample: int, forw
         output = chunk(batch.tokens, batch.positions, None, labels=batch.labels)
         return output, masked_loss(batch, num_sources)
 
-    streams = [data.step(first_sample, engine.mesh, engine.device) for _ in engine.model]
+    streams = tee(data.step(first_sample, engine.mesh, engine.device), len(engine.model))  # each chunk draws every micro-batch, read once
     several = len(engine.model) > 1
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=streams if several else streams[0],
+        data_iterator=list(streams) if several else streams[0],
         model=engine.model if several else engine.model[0],
         num_microbatches=plan.num_microbatches,
         seq_length=data.seq_len,

@@ -67,6 +67,7 @@ def test_metrics_tell_loss_rate_speed_and_each_source(finished):
     lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["loss"] > 0 and line["tokens_per_second"] > 0 and line["tflops_per_rank"] > 0 for line in lines)
+    assert all(0 < line["data_wait_seconds"] < line["seconds_per_step"] for line in lines)
     assert lines[-1]["tokens"] == 6 * 8 * 32
     for line in lines:
         assert {"loss/code", "loss/math"} <= line.keys() or len(line) > 8
