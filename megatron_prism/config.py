@@ -11,10 +11,10 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_prism.errors import UserError
 
@@ -70,6 +70,56 @@ class OptimizerConfig(Block):
     """decoupled; not on norms and biases"""
     clip_grad: PositiveFloat | None = 1.0
     """largest global gradient norm; none: no clipping"""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """type in which gradients are summed over micro-batches and ranks, 4 or 2 bytes a parameter"""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """type in which both moments are kept, 8 or 4 bytes a parameter over the data-parallel ranks"""
+    split_master: bool = False
+    """keep of each fp32 master weight only the 16 bits that its bf16 weight lacks, 2 bytes instead of 4, the same values"""
+
+    @property
+    def is_precision_aware(self) -> bool:
+        """Whether TransformerEngine's optimizer holds the master weights and moments, in other types than fp32."""
+        return self.gradients == "bf16" or self.moments == "bf16" or self.split_master
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of master weight and moments of one parameter of a bf16 model."""
+        return (2 if self.split_master else 4) + (4 if self.moments == "bf16" else 8)
+
+
+class Fp8Config(Block):
+    """Matrix products of the layers' linear projections in FP8; the rest (embedding, LM head, norms, attention, Mamba's convolution and scan) in bf16.
+
+    Hopper and newer, with TransformerEngine. Weights, gradients and optimizer states stay as without it, unless `params`.
+    """
+
+    recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
+    """where scales come from: delayed: the maxima of earlier steps; tensorwise: the tensor itself; blockwise: blocks of 128 x 128 (weights) or 1 x 128"""
+    format: Literal["hybrid", "e4m3"] | None = None
+    """hybrid: e4m3 forward, e5m2 for gradients; none: hybrid, but e4m3 for blockwise, whose small blocks need no wide range"""
+    bf16_layers_at_start: NonNegative = 0
+    """first layers kept in bf16 (megatron-core's layers: a hybrid's mixers and MLPs count one each)"""
+    bf16_layers_at_end: NonNegative = 0
+    """last layers kept in bf16"""
+    amax_history_len: Positive = 1024
+    """steps that delayed scaling looks back"""
+    params: bool = False
+    """keep the layers' weights in FP8 alone and gather them so: 1 byte instead of 2, and no copy to make each step"""
+
+    @property
+    def formats(self) -> str:
+        """The format in effect."""
+        return self.format or ("e4m3" if self.recipe == "blockwise" else "hybrid")
+
+    @model_validator(mode="after")
+    def _delayed_scaling_covers_every_layer(self) -> "Fp8Config":
+        if self.recipe == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
+            raise ValueError(
+                "recipe=delayed scales all layers at once and cannot leave some in bf16 (bf16_layers_at_start, bf16_layers_at_end); "
+                "use recipe=tensorwise or blockwise"
+            )
+        return self
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str], schema: type[Schema]) -> Schema:

@@ -76,6 +76,29 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def fp8_obstacle(recipe: str) -> str | None:
+    """Why this machine cannot multiply in FP8 by a recipe (delayed, tensorwise or blockwise); None if it can."""
+    if not has_transformer_engine():
+        return "TransformerEngine is not installed (pip install megatron-prism[gpu])"
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    manager: Any = FP8GlobalStateManager
+    able, reason = manager.is_fp8_block_scaling_available() if recipe == "blockwise" else manager.is_fp8_available()
+    return None if able else str(reason)
+
+
+def make_deterministic() -> None:
+    """From here on only kernels whose sums have a fixed order; torch raises where it has none. Call after `setup`, before anything is built.
+
+    TransformerEngine and mamba-ssm look at the environment and at torch's switch; our kernels look at torch's switch (kernels/choice.py).
+    """
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["MAMBA_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against faults, at the cost of a pass over every new tensor
+
+
 def active_patches() -> list[str]:
     """What has been patched in this process, in order."""
     return list(_applied)

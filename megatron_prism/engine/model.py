@@ -18,10 +18,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prism.engine.device import has_transformer_engine
+from megatron_prism.config import Fp8Config
+from megatron_prism.engine.device import fp8_obstacle, has_transformer_engine
 from megatron_prism.engine.layer_specs import dense_spec, hybrid_spec
+from megatron_prism.engine.mcore import gradient_fusion_without_apex
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.rope import inverse_frequencies
+from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,12 @@ class BuildOptions:
     recompute: Recompute = None
     layers: Layers = "auto"
     hidden_dropout: float = 0.0
+    fp8: Fp8Config | None = None
+    recompute_layers: int | None = None
+    """with recompute="full": the first so many of a chunk; None: all"""
+    deterministic: bool = False
+    fuse_gradients: bool = False
+    """TransformerEngine's layers add a weight's gradient into the buffer that DDP gives it, in the product itself: only for chunks that DDP wraps"""
 
 
 class LanguageModel(LanguageModule):
@@ -131,11 +140,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
     """megatron-core's config for this model, layout and device. calculate_per_token_loss: the loss is a mean over the global batch's tokens."""
     plan, dtype = mesh.plan, torch.bfloat16 if options.precision == "bf16" else torch.float32
     on_cuda = device.type == "cuda"
-    recompute: dict[str, Any] = {}
-    if options.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif options.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    engine = uses_transformer_engine(options, device)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -173,14 +178,46 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         use_cpu_initialization=not on_cuda,
         bias_activation_fusion=on_cuda and model.is_gated,
         bias_dropout_fusion=on_cuda,
-        apply_rope_fusion=on_cuda and uses_transformer_engine(options, device),
+        apply_rope_fusion=on_cuda and engine,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=options.fuse_gradients and engine,
+        deterministic_mode=options.deterministic,
         persist_layer_norm=False,
         cross_entropy_loss_fusion=on_cuda and options.precision == "bf16",
         cross_entropy_fusion_impl="native",
-        **recompute,
+        **_recompute_settings(options),
+        **_fp8_settings(options, engine),
     )
+
+
+def _recompute_settings(options: BuildOptions) -> dict[str, Any]:
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if options.recompute == "full" and options.recompute_layers is not None:
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": options.recompute_layers}
+    if options.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
+
+
+def _fp8_settings(options: BuildOptions, transformer_engine: bool) -> dict[str, Any]:
+    """megatron-core's names for an Fp8Config. Errors: UserError where this device or environment has no FP8."""
+    fp8 = options.fp8
+    if fp8 is None:
+        return {}
+    obstacle = fp8_obstacle(fp8.recipe) if transformer_engine else "the layers are not TransformerEngine's (layers=transformer_engine, on CUDA)"
+    if obstacle is not None:
+        raise UserError(f"fp8.recipe={fp8.recipe} cannot run here: {obstacle}; set fp8=none")
+    return {
+        "fp8": fp8.formats,
+        "fp8_recipe": fp8.recipe,
+        "fp8_amax_history_len": fp8.amax_history_len,
+        "fp8_amax_compute_algo": "max",
+        "fp8_param": fp8.params,
+        "first_last_layers_bf16": bool(fp8.bf16_layers_at_start or fp8.bf16_layers_at_end),
+        "num_layers_at_start_in_bf16": fp8.bf16_layers_at_start,
+        "num_layers_at_end_in_bf16": fp8.bf16_layers_at_end,
+    }
 
 
 def uses_transformer_engine(options: BuildOptions, device: torch.device) -> bool:
@@ -206,10 +243,13 @@ def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.d
         last = mesh.is_last_stage and index == mesh.plan.num_chunks - 1
         ends = {"config": config, "pre_process": first, "post_process": last}
         chunk: Chunk
-        if model.is_hybrid:
-            chunk = HybridModel(model, mesh, hybrid_spec(model, config, engine), **ends)
-        else:
-            chunk = DenseModel(model, mesh, dense_spec(model, config, engine, vp_stage), vp_stage, **ends)
+        with gradient_fusion_without_apex():
+            if model.is_hybrid:
+                chunk = HybridModel(model, mesh, hybrid_spec(model, config, engine), **ends)
+            else:
+                chunk = DenseModel(model, mesh, dense_spec(model, config, engine, vp_stage), vp_stage, **ends)
+        if last:
+            chunk.output_layer.gradient_accumulation_fusion = False
         chunk.clear_padding()
         chunks.append(chunk.to(device))
     return chunks

@@ -10,23 +10,26 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 
 from megatron_prism.config import OptimizerConfig
+from megatron_prism.engine.device import has_transformer_engine
 from megatron_prism.engine.mcore import optimizer_config
 from megatron_prism.engine.model import Chunk, to_precision
 from megatron_prism.engine.parallel import Mesh
+from megatron_prism.errors import UserError
 
 
-def wrap_model(chunks: list[Chunk], mesh: Mesh, overlap: bool) -> list[DistributedDataParallel]:
-    """megatron-core's DDP around each chunk: gradients in one fp32 buffer, reduced over data-parallel ranks.
+def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, overlap: bool) -> list[DistributedDataParallel]:
+    """megatron-core's DDP around each chunk: gradients in one buffer, reduced over data-parallel ranks.
 
     overlap: reduce gradients while the backward pass still runs, and gather weights while the next forward pass does (CUDA).
     """
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=optimizer.gradients == "fp32",
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
         check_for_nan_in_grad=False,
+        fp8_param_gather=config.fp8_param,
     )
     return [
         DistributedDataParallel(config, ddp, to_precision(chunk, config), disable_bucketing=index > 0, pg_collection=mesh.groups)
@@ -46,6 +49,8 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         clip_grad=config.clip_grad or 0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        fp8_recipe=model[0].config.fp8_recipe if model[0].config.fp8_param else None,
+        **_state_types(config),
     )
     optimizer = get_megatron_optimizer(settings, model)
     for part in optimizer.chained_optimizers:
@@ -60,6 +65,25 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         if several:
             schedule.grad_sync_func = [chunk.start_grad_sync for chunk in model]
     return optimizer
+
+
+def _state_types(config: OptimizerConfig) -> dict[str, Any]:
+    """megatron-core's "precision-aware" optimizer: TransformerEngine's Adam reads gradients, and keeps master weights and moments, as asked."""
+    if not config.is_precision_aware:
+        return {}
+    if not has_transformer_engine():
+        raise UserError(
+            "optimizer.gradients=bf16, moments=bf16 and split_master are TransformerEngine's, which is not installed "
+            "(pip install megatron-prism[gpu]); leave them at their defaults"
+        )
+    moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
+    return {
+        "use_precision_aware_optimizer": True,
+        "main_grads_dtype": torch.bfloat16 if config.gradients == "bf16" else torch.float32,
+        "exp_avg_dtype": moments,
+        "exp_avg_sq_dtype": moments,
+        "store_param_remainders": config.split_master,
+    }
 
 
 def _order_by_type(part: Any) -> None:

@@ -6,13 +6,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_prism import artifact, families
-from megatron_prism.config import Block, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
+from megatron_prism.config import Block, Fp8Config, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import layout
+from megatron_prism.planning.fp8 import check_fp8
 
 
 class ModelSection(Block):
@@ -91,8 +92,14 @@ class TrainConfig(Block):
     """sequences in one forward pass of one rank"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: weights and activations in bf16, master weights, gradients and moments in fp32"""
+    fp8: Fp8Config | None = None
+    """FP8 matrix products beside bf16; `fp8.recipe=tensorwise` turns it on"""
     recompute: Literal["selective", "full"] | None = None
-    """activations recomputed in the backward pass: selective: attention's; full: every layer's"""
+    """activations recomputed in the backward pass: selective: attention's; full: every layer's, or the first `recompute_layers`"""
+    recompute_layers: Positive | None = None
+    """with recompute=full: how many layers of each pipeline stage (chunk, with vpp) are recomputed; none: all"""
+    deterministic: bool = False
+    """only kernels whose sums have a fixed order, so that equal runs are equal bit for bit on GPUs too; slower"""
     hidden_dropout: Fraction = 0.0
     """dropout on the embedding and on each residual branch"""
     seed: NonNegative = 1234
@@ -110,6 +117,18 @@ class TrainConfig(Block):
     validation: ValidationSection | None = None
     export: ExportSection | None = None
     log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="after")
+    def _precisions_go_together(self) -> "TrainConfig":
+        if self.precision != "bf16" and self.fp8 is not None:
+            raise ValueError(f"fp8 works beside bf16, precision={self.precision} is set; use precision=bf16, or fp8=none")
+        if self.precision != "bf16" and self.optimizer.is_precision_aware:
+            raise ValueError(
+                f"optimizer.gradients, moments and split_master are for bf16 weights, precision={self.precision} is set; leave them at their defaults"
+            )
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ValueError(f"recompute_layers={self.recompute_layers} counts fully recomputed layers; set recompute=full")
+        return self
 
     @model_validator(mode="after")
     def _exports_have_checkpoints(self) -> "TrainConfig":
@@ -142,6 +161,8 @@ def check(cfg: TrainConfig, world_size: int) -> tuple[ModelConfig, layout.Parall
     """Everything that can be known to be wrong before torch is imported. Errors: UserError."""
     _, model = families.load(model_files(cfg))
     plan = layout.make_plan(model, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
+    if cfg.fp8 is not None:
+        check_fp8(model, plan, cfg.data.seq_len, cfg.fp8)
     check_writers(cfg.log)
     blend = cfg.data.blend / "blend.toml" if cfg.data.blend.is_dir() else cfg.data.blend
     if not blend.is_file():

@@ -68,7 +68,7 @@ def build_both(folder: Path) -> tuple[Callable[[int], float], Callable[[int], fl
     data = SampleReader(load_blend(write_tiny_blend(folder / "data", VOCAB)), "train", SEQ_LEN, mask_end_of_document=False)
     from megatron_prism.config import OptimizerConfig
 
-    wrapped = wrap_model(build(model, mesh, BuildOptions(), place), mesh, overlap=False)
+    wrapped = wrap_model(build(model, mesh, BuildOptions(), place), mesh, OptimizerConfig(), overlap=False)
     engine = Engine(wrapped, build_optimizer(wrapped, OptimizerConfig(lr=1e-3), bf16=False), mesh, place)
 
     (plain,) = build(model, mesh, BuildOptions(), place)
