@@ -117,6 +117,11 @@ def evaluate(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -
     _run_stage("evaluate", words, dry_run, keys)
 
 
+@app.command(help=stages.STAGES["bench"])
+def bench(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
+    _run_stage("bench", words, dry_run, keys)
+
+
 @app.command("stage", hidden=True)
 def own_stage(module: Annotated[str, typer.Argument(metavar="MODULE")], words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
     """Run a stage of your own: a module with Config, run, dry_run and parents."""

@@ -20,10 +20,11 @@ STAGES = {
     "convert": "Hugging Face model <-> megatron-core checkpoint",
     "train": "checkpoint (or random weights) + blend -> checkpoints",
     "evaluate": "model -> scores",
+    "bench": "model and layout -> what a training step costs",
 }
 """Stage name -> the arrow of the flow that it is."""
 
-PARALLEL_STAGES = frozenset({"train"})
+PARALLEL_STAGES = frozenset({"train", "bench"})
 """Stages that run on many ranks, under torchrun."""
 
 
