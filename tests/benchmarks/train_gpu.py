@@ -92,12 +92,14 @@ def write_inputs(root: Path, config: dict[str, Any], seq: int) -> None:
 def report(path: Path, names: list[str]) -> None:
     """Median, fastest and slowest step after the first five."""
     lines = [json.loads(line) for line in path.read_text().splitlines()][5:]
-    found = {key: [line[key] for line in lines] for key in ("seconds_per_step", "tokens_per_second", "tflops_per_rank", "memory_gib")}
+    keys = ("seconds_per_step", "tokens_per_second", "tflops_per_rank", "memory_gib", "data_wait_seconds")
+    found = {key: [line[key] for line in lines] for key in keys}
     middle = {key: statistics.median(values) for key, values in found.items()}
     print(
         f"{' '.join(names)}: step {1e3 * middle['seconds_per_step']:.1f} ms ({1e3 * min(found['seconds_per_step']):.1f} to "
         f"{1e3 * max(found['seconds_per_step']):.1f}), {middle['tokens_per_second']:,.0f} tokens/s, {middle['tflops_per_rank']:.1f} TFLOP/s per GPU "
-        f"(causal, no recompute counted), {middle['memory_gib']:.1f} GiB, loss {lines[0]['loss']:.3f} to {lines[-1]['loss']:.3f}"
+        f"(causal, no recompute counted), {middle['memory_gib']:.1f} GiB, waits {1e3 * middle['data_wait_seconds']:.2f} ms for data, "
+        f"loss {lines[0]['loss']:.3f} to {lines[-1]['loss']:.3f}"
     )
 
 
