@@ -59,8 +59,11 @@ def run(cfg: Config) -> Path:
 
 def _measure(cfg: Config, cases: list[Case], place: Any) -> bool:
     """Whether any case failed."""
+    from megatron_prism.engine.bench.baselines import choose
     from megatron_prism.engine.bench.measure import Bench, CaseError, RanksApartError
 
+    for case in cases:
+        choose(case, place)
     bench = Bench(place)
     results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "machine": bench.machine(), "conventions": table.CONVENTIONS, "cases": []}
     if bench.rank == 0:

@@ -88,7 +88,7 @@ class Config(CaseConfig):
         found = []
         for number, changes in enumerate(self.cases or [{}]):
             where = f"cases.{number}" if self.cases else "recipe"
-            case = validate(_over(shared, changes), CaseConfig, where)
+            case = validate(_over(shared, _replaced(changes, "none", None)), CaseConfig, where)
             if case.model is None:
                 raise UserError(f"{where} has no model; published models: {', '.join(families.PUBLISHED)}")
             found.append((case.name or case.model, case))

@@ -7,7 +7,10 @@ no longer come together the run ends.
 import gc
 import math
 import platform
+import re
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +21,8 @@ import torch.distributed as dist
 
 from megatron_prism import artifact
 from megatron_prism.engine import parallel
-from megatron_prism.engine.bench import figures
+from megatron_prism.engine.bench import figures, trace
+from megatron_prism.engine.bench.baselines import BASELINES, choose, forget_fp8
 from megatron_prism.engine.bench.cases import Case
 from megatron_prism.engine.bench.clock import mark, matmul_tflops, milliseconds, synchronize
 from megatron_prism.engine.bench.sides import Ours, Side
@@ -29,6 +33,11 @@ from megatron_prism.planning import cost
 PATIENCE_SECONDS = 180
 """that a rank waits for the others at the end of a part of the work"""
 GIB = 2**30
+MEMORY_SHARE = 0.92
+"""of the device that two sides may take together by estimate"""
+HUGGING_FACE_BYTES, HUGGING_FACE_LOGIT_BYTES = 8, 14
+"""of a parameter (bf16 weight, gradient, two moments); of a logit (bf16, fp32, and their gradients)"""
+OUT_OF_MEMORY = "OutOfMemoryError"
 Result = TypeVar("Result")
 
 
@@ -38,6 +47,32 @@ class CaseError(RuntimeError):
 
 class RanksApartError(RuntimeError):
     """A rank failed while others wait in an exchange with it: nothing more can be measured by this process group."""
+
+
+@dataclass
+class Timing:
+    """The step times of one side, in milliseconds: [round][step], and the sums of its spans over all of them."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: Timing) -> None:
+        """More rounds."""
+        self.rounds += other.rounds
+        for name, value in other.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the sides of a case are measured: the case, its ranks, and the rate of one matrix product there and then."""
+
+    case: Case
+    mesh: Mesh
+    ceiling: float
+    """TFLOP/s"""
+    product: str
+    """what was multiplied"""
 
 
 class Bench:
@@ -65,6 +100,8 @@ class Bench:
             raise
         except Exception as error:  # a boundary: the failure of a case is a result
             failure = _message(error)
+            if not isinstance(error, UserError):
+                traceback.print_exc()
         said = self._exchange(failure)
         first = next((text for text in said if text is not None), None)
         if first is not None:
@@ -90,17 +127,92 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _case(self, case: Case, traces: Path) -> dict[str, Any]:
-        mesh = parallel.build_mesh(case.plan, case.train.seed)
-        ceiling, product = matmul_tflops(self.device)
-        side, memory = self.open(lambda: Ours(case, mesh, self.device), case.options.warmup)
+        chosen, skipped = choose(case, self.device)
+        site = Site(case, parallel.build_mesh(case.plan, case.train.seed), *matmul_tflops(self.device))
+        ours, memory = self.open(lambda: Ours(case, site.mesh, self.device), case.options.warmup)
         try:
-            rounds = self.turns([side], case)
-            result = self.side_figures(case, side, rounds[0], memory, ceiling)
+            resident = [name for name in chosen if self.fits(name, case, memory)]
+            found, alone = self.ours(site, ours, memory, resident, alone=len(resident) < len(chosen))
+            found["ours"]["profile"] = self.attempt(lambda: self.profile(ours, case, traces))
+        finally:
+            ours.close()
+            self.clean()
+        beside = found["baselines"]
+        for name in chosen:
+            if name not in beside or (case.options.resident == "auto" and OUT_OF_MEMORY in beside[name].get("failed", "")):
+                beside[name] = self.attempt(lambda name=name: self.after(site, alone, name))  # type: ignore[misc]
+        forget_fp8()
+        beside |= {name: {"skipped": reason} for name, reason in skipped.items()}
+        return {**_describe(case, site.mesh), "matmul_tflops": site.ceiling, "matmul": site.product, **found}
+
+    def ours(self, site: Site, ours: Side, memory: dict[str, float], resident: list[str], alone: bool) -> tuple[dict[str, Any], Timing]:
+        """Our figures and those of the baselines that share the memory with us; and our rounds without another side, where they are wanted."""
+        timing, beside, without = Timing(), {}, Timing()
+        for name in resident:
+            beside[name] = self.attempt(lambda name=name: self.in_turns(site, ours, timing, name))  # type: ignore[misc]
+        if alone or not timing.rounds or any("failed" in side for side in beside.values()):
+            self.turns([(ours, without)], site.case)
+            timing.add(without)
+        return {"ours": self.side_figures(site, ours, timing, memory), "baselines": beside}, without
+
+    def attempt(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A part whose failure leaves the rest of the case alone."""
+        try:
+            return self.together(work)
+        except CaseError as error:
+            return {"failed": str(error)}
+
+    def in_turns(self, site: Site, ours: Side, timing: Timing, name: str) -> dict[str, Any]:
+        """A baseline beside ours: both in memory, one turn each in every round."""
+        side, memory = self.open(lambda: BASELINES[name](site.case, site.mesh, self.device), site.case.options.warmup)
+        mine, theirs = Timing(), Timing()
+        try:
+            self.turns([(ours, mine), (side, theirs)], site.case)
+            found = self.side_figures(site, side, theirs, memory)
         finally:
             side.close()
-            del side
             self.clean()
-        return {**_describe(case, mesh), "matmul_tflops": ceiling, "matmul": product, "ours": result}
+        timing.add(mine)
+        return {**found, "ratio": figures.ratio(mine.rounds, theirs.rounds), "interleaved": True}
+
+    def after(self, site: Site, alone: Timing, name: str) -> dict[str, Any]:
+        """A baseline by itself, where both do not fit: its rounds are set against ours, taken before it."""
+        side, memory = self.open(lambda: BASELINES[name](site.case, site.mesh, self.device), site.case.options.warmup)
+        theirs = Timing()
+        try:
+            self.turns([(side, theirs)], site.case)
+            found = self.side_figures(site, side, theirs, memory)
+        finally:
+            side.close()
+            self.clean()
+        found["notes"] = [*found["notes"], "not in turns with ours but after it: the two do not fit into memory together, or resident=false"]
+        return {**found, "ratio": figures.ratio(alone.rounds, theirs.rounds), "interleaved": False}
+
+    def fits(self, name: str, case: Case, memory: dict[str, float]) -> bool:
+        """Whether a baseline fits beside ours: by its wish, else by an estimate from what ours took."""
+        if case.options.resident != "auto" or self.device.type == "cpu":
+            return bool(case.options.resident)
+        peak, steady = memory["peak_allocated_gib"], memory["between_steps_gib"]
+        if name == "bare_megatron_core":
+            theirs = 1.1 * peak
+        else:
+            logits = case.plan.micro_batch * case.train.data.seq_len * case.model.vocab_size * HUGGING_FACE_LOGIT_BYTES / GIB
+            theirs = HUGGING_FACE_BYTES * cost.num_parameters(case.model) / GIB + logits + 2 * (peak - steady)
+        return steady + theirs < MEMORY_SHARE * torch.cuda.get_device_properties(self.device).total_memory / GIB
+
+    def profile(self, side: Side, case: Case, traces: Path) -> dict[str, Any]:
+        """What a trace of rank 0 tells; the other ranks take the same steps."""
+        wanted = case.options.profile or (case.options.trace and self.device.type == "cuda")
+        if not wanted:
+            return {}
+        if self.rank == 0:
+            name = re.sub(r"[^A-Za-z0-9._-]+", "_", case.name)
+            keep = traces / f"{name}.json.gz" if case.options.profile else None
+            return trace.profile(side.step, self.device, keep)
+        for _ in range(trace.STEPS[self.device.type]):
+            side.step()
+        synchronize(self.device)
+        return {}
 
     def open(self, build: Callable[[], Side], warmup: int) -> tuple[Side, dict[str, float]]:
         """Build a side and warm it up; and the most memory that it took, largest over the ranks. A side that fails on the way is closed."""
@@ -113,8 +225,7 @@ class Bench:
         try:
             for _ in range(warmup):
                 side.step()
-            if not math.isfinite(side.loss()):
-                raise UserError(f"the loss is {side.loss()} after {warmup} steps, and a figure of such steps says nothing; lower train.optimizer.lr")
+            _check(side)
         except Exception:
             side.close()
             raise
@@ -128,20 +239,18 @@ class Bench:
         dist.all_reduce(bytes_, dist.ReduceOp.MAX)
         return dict(zip(("peak_allocated_gib", "peak_reserved_gib", "between_steps_gib"), (bytes_ / GIB).tolist(), strict=True))
 
-    def turns(self, sides: list[Side], case: Case) -> list[list[list[float]]]:
-        """Milliseconds of steps, [side][round][step]; in each round every side takes its turn, first one first, then the other."""
+    def turns(self, sides: list[tuple[Side, Timing]], case: Case) -> None:
+        """Time every side in every round, first the one first, then the other. With several sides one more round goes ahead, uncounted."""
         options = case.options
         steps = math.ceil(options.steps / options.rounds)
-        found: list[list[list[float]]] = [[] for _ in sides]
         for number in range(-1 if len(sides) > 1 else 0, options.rounds):
-            order = list(enumerate(sides))
-            for place, side in reversed(order) if number % 2 else order:
+            for side, timing in reversed(sides) if number % 2 else sides:
                 times = self.turn(side, steps if number >= 0 else 1)
-                if number >= 0:  # the round before is for caches and clocks to settle
-                    found[place].append(times)
-                else:
-                    side.timeline.read()
-        return found
+                parts = side.timeline.read()
+                if number >= 0:
+                    timing.add(Timing([times], parts))
+        for side, _ in sides:
+            _check(side)
 
     def turn(self, side: Side, steps: int) -> list[float]:
         """Some steps on end, in milliseconds each."""
@@ -153,14 +262,15 @@ class Bench:
         synchronize(self.device)
         return [milliseconds(begin, end) for begin, end in pairwise(marks)]
 
-    def side_figures(self, case: Case, side: Side, rounds: list[list[float]], memory: dict[str, float], ceiling: float) -> dict[str, Any]:
+    def side_figures(self, site: Site, side: Side, timing: Timing, memory: dict[str, float]) -> dict[str, Any]:
         """What is reported of one side."""
-        times = [step for turn in rounds for step in turn]
+        case = site.case
+        times = [step for turn in timing.rounds for step in turn]
         summary = figures.summary(times)
         return {
             "step_ms": summary,
-            **figures.rates(case.model, case.train.data.seq_len, case.tokens_per_step, self.ranks, summary["median"], ceiling),
-            "split_ms": figures.split(side.timeline.read(), times),
+            **figures.rates(case.model, case.train.data.seq_len, case.tokens_per_step, self.ranks, summary["median"], site.ceiling),
+            "split_ms": figures.split(timing.parts, times),
             "memory": memory or None,
             "parameters_on_rank_0": side.parameters(),
             "loss": side.loss(),
@@ -192,6 +302,11 @@ def precision(case: Case) -> str:
     """fp32, bf16, or the FP8 recipe beside bf16."""
     fp8 = case.train.fp8
     return case.train.precision if fp8 is None else f"fp8 {fp8.recipe}" + (" params" if fp8.params else "")
+
+
+def _check(side: Side) -> None:
+    if not math.isfinite(side.loss()):
+        raise UserError(f"the loss is {side.loss()}, and the time of such steps says nothing; lower train.optimizer.lr")
 
 
 def _message(error: Exception) -> str:

@@ -10,7 +10,7 @@ CONVENTIONS = {
     "step": "everything that a step of training is: reading samples, forward, backward, reduction, clipping, AdamW, reading the loss",
     "tflops": "model FLOPs (planning/flops.py): forward and backward, LM head counted, recomputation not; causal: the keys that a query may see, "
     "full: as if there were no causal mask",
-    "share_of_matmul": "TFLOP/s with causal attention over those of one large matrix product (bf16; fp32 on a CPU) on the same device in the same run",
+    "share_of_matmul": "TFLOP/s with causal attention over those of one large matrix product (CPU: fp32) on the same device in the same run",
     "ratio": "our speed over the baseline's (above 1: ours is faster): median over rounds; lower_bound: of that median, at 95 % (sign test)",
     "split": "mean milliseconds of a step on the device's time line, rank 0; data: the device waits for samples; other: what is left",
     "memory": "largest over the ranks; peak: from before the model is built to after warm-up",

@@ -1,0 +1,71 @@
+"""Which baselines there are, and what each cannot do. Refuses, by name and before any work, a baseline that is asked for and cannot run."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_prism.engine.bench.bare import BareLoop
+from megatron_prism.engine.bench.cases import Case
+from megatron_prism.engine.bench.hugging_face import LigerLoop, TransformersLoop, liger_models
+from megatron_prism.engine.bench.sides import Side
+from megatron_prism.engine.device import has_transformer_engine
+from megatron_prism.engine.parallel import Mesh
+from megatron_prism.errors import UserError
+
+BASELINES: dict[str, Callable[[Case, Mesh, torch.device], Side]] = {
+    "bare_megatron_core": BareLoop,
+    "transformers": TransformersLoop,
+    "transformers_liger": LigerLoop,
+}
+
+
+def choose(case: Case, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The baselines of a case, and of those that are wanted only where available the reason that one is not.
+
+    Errors: UserError for a baseline that is asked for by name and cannot run.
+    """
+    wanted = case.options.baselines
+    obstacles = {name: obstacle(name, case, device) for name in (BASELINES if wanted == "available" else wanted)}
+    missing = {name: reason for name, reason in obstacles.items() if reason is not None}
+    if missing and wanted != "available":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise UserError(f"case {case.name}: {reasons}. Leave it out, or set baselines=available")
+    return [name for name in obstacles if name not in missing], missing
+
+
+def obstacle(name: str, case: Case, device: torch.device) -> str | None:
+    """Why a baseline cannot run a case here; None if it can."""
+    if name == "bare_megatron_core":
+        return _bare_obstacle(case, device)
+    plan = case.plan
+    if plan.tp * plan.pp * plan.cp > 1:
+        return f"it runs on data-parallel ranks alone, the case has {plan.describe()}"
+    if name == "transformers":
+        return None
+    if device.type != "cuda":
+        return "Liger's kernels need CUDA"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed (pip install liger-kernel)"
+    model_type: Any = json.loads((case.hf_config / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return None if model_type in liger_models() else f"the installed liger-kernel has no kernels for {model_type}"
+
+
+def _bare_obstacle(case: Case, device: torch.device) -> str | None:
+    if case.plan.pp > 1:
+        return "the bare loop has no pipeline"
+    if device.type == "cuda" and not has_transformer_engine():
+        return "TransformerEngine is not installed, and megatron-core's other layers would be no fair measure"
+    if case.model.is_hybrid and (device.type != "cuda" or importlib.util.find_spec("mamba_ssm") is None):
+        return "megatron-core's own hybrid model needs CUDA and mamba-ssm"
+    return None
+
+
+def forget_fp8() -> None:
+    """Drop the scales and histories that TransformerEngine keeps for the whole process, of models that are gone."""
+    module = sys.modules.get("transformer_engine.pytorch.fp8")
+    if module is not None:
+        module.FP8GlobalStateManager.reset()
