@@ -44,8 +44,8 @@ class Head:
     def blocks(self) -> Iterator[tuple[slice, int, Iterator[tuple[slice, Tensor]]]]:
         """(rows, how many of them are real, (tokens, their logits over these rows) for all tokens)."""
         real = self.vocabulary.real_rows
-        size = min(self.tokens_per_block(), len(self.x_th))
-        rows_at_once = max(BLOCK_BYTES // (max(size, 1) * self.x_th.element_size()) // ALIGNED, 1) * ALIGNED
+        size = max(min(self.tokens_per_block(), len(self.x_th)), 1)
+        rows_at_once = max(BLOCK_BYTES // (size * self.x_th.element_size()) // ALIGNED, 1) * ALIGNED
         buffer = _buffer(self.x_th, size, min(rows_at_once, self.weight_vh.shape[0]))
         for rows in _slices(real, rows_at_once):
             whole = slice(rows.start, min(_rounded_up(rows.stop, ALIGNED), self.weight_vh.shape[0]))

@@ -23,6 +23,8 @@ def losses(
     chunk_tokens: int | None,
 ) -> Tensor:
     """`linear_cross_entropy`; token_weights_t changes nothing but that the promise is checked."""
+    # widened once, so that the chunks' gradients add up wide
+    weight_vh = weight_vh[: vocabulary.real_rows].to(compute_dtype(x_th))
     if vocabulary.group is not None:
         x_th = _SumGradients.apply(x_th, vocabulary.group)
     if chunk_tokens is None or chunk_tokens >= x_th.shape[0]:
@@ -38,7 +40,7 @@ def losses(
 
 def _losses(x_th: Tensor, weight_vh: Tensor, labels_t: Tensor, vocabulary: Vocabulary) -> Tensor:
     wide, group = compute_dtype(x_th), vocabulary.group
-    logits_tv = x_th.to(wide) @ weight_vh[: vocabulary.real_rows].to(wide).T / vocabulary.logits_scaling
+    logits_tv = x_th.to(wide) @ weight_vh.T / vocabulary.logits_scaling
     largest_t = _maximum(logits_tv.detach(), group)
     exponentials_t = _sum((logits_tv - largest_t.unsqueeze(1)).exp().sum(dim=1), group)
     is_label_tv = (labels_t.long() - vocabulary.first_row).unsqueeze(1) == torch.arange(vocabulary.real_rows, device=labels_t.device)

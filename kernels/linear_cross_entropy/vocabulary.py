@@ -33,9 +33,8 @@ def scale_of(gradient_t: Tensor, token_weights_t: Tensor, counted_t: Tensor, uni
     if gradient.numel():
         expected = scale * weights
         kept = (gradient - expected).abs().amax() <= PROMISE_TOLERANCE * expected.abs().amax()
-        torch._assert_async(
-            kept, "linear_cross_entropy: gradients of the losses are not proportional to token_weights" + (" with factor 1" if unit else "")
-        )
+        promised = "equal to" if unit else "proportional to"
+        torch._assert_async(kept, f"linear_cross_entropy: the losses' gradients are not {promised} token_weights; leave token_weights out")
     return scale
 
 
