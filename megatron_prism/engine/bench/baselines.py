@@ -59,6 +59,8 @@ def _bare_obstacle(case: Case, device: torch.device) -> str | None:
         return "the bare loop has no pipeline"
     if device.type == "cuda" and not has_transformer_engine():
         return "TransformerEngine is not installed, and megatron-core's other layers would be no fair measure"
+    if device.type == "cpu" and (case.plan.sp or case.plan.cp > 1):
+        return "megatron-core's own layers know neither sequence nor context parallelism on a CPU"
     if case.model.is_hybrid and (device.type != "cuda" or importlib.util.find_spec("mamba_ssm") is None):
         return "megatron-core's own hybrid model needs CUDA and mamba-ssm"
     return None

@@ -56,7 +56,7 @@ class Timing:
     rounds: list[list[float]] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, other: Timing) -> None:
+    def add(self, other: "Timing") -> None:
         """More rounds."""
         self.rounds += other.rounds
         for name, value in other.parts.items():
