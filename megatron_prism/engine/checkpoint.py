@@ -66,7 +66,7 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
         artifact.write_atomic(folder / STATE, json.dumps(_state(progress, engine.mesh), indent=2) + "\n")
     dist.barrier()
     model = _model_state(engine)
-    optimizer = {"groups": engine.optimizer.state_dict(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
+    optimizer = {"groups": engine.optimizer.groups(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
     save_sharded({**model, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}, folder / SHARDED)
     if dist.get_rank() == 0:
         artifact.complete(folder)
@@ -77,7 +77,7 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
 def load_weights(engine: Engine, checkpoint: Path) -> None:
     """Load the model alone, from any layout, and take it as the optimizer's new starting point."""
     _put_weights(engine, load_sharded(_model_state(engine), checkpoint / SHARDED))
-    engine.optimizer.reload_model_params()
+    engine.optimizer.take_weights()
 
 
 def load_all(engine: Engine, checkpoint: Path) -> Progress:
@@ -86,14 +86,13 @@ def load_all(engine: Engine, checkpoint: Path) -> Progress:
     same_layout = saved["layout"] == _layout(engine.mesh)
     if not same_layout and dist.get_rank() == 0:
         logger.info("%s was saved by another layout (%s): random number states start anew", checkpoint, saved["layout"])
-    for part in engine.optimizer.chained_optimizers:
-        part._init_optimizer_states_with_dummy_values()
+    engine.optimizer.initialize()
     model = _model_state(engine)
     optimizer = OptimizerState(engine.optimizer, model, loading=True)
     rng = {"rng": _rng_object(engine.mesh)} if same_layout else {}
     state = load_sharded({**model, "optimizer": {"state": optimizer.tensors}, **rng}, checkpoint / SHARDED)
     _put_weights(engine, state)
-    engine.optimizer.load_state_dict(state["optimizer"]["groups"])
+    engine.optimizer.load_groups(state["optimizer"]["groups"])
     optimizer.apply(state["optimizer"]["state"])
     if same_layout:
         _put_rng(state["rng"])

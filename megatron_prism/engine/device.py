@@ -47,8 +47,6 @@ def setup(name: DeviceName) -> torch.device:
         # fp32 means fp32: TF32 keeps 10 bits of each factor, and layouts would differ by 5e-5 instead of 1e-6
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-    if device.type == "cpu" or not has_fused_adam():
-        _apply(TORCH_ADAM_PATCHES)
     return device
 
 
@@ -64,11 +62,6 @@ def choose(name: DeviceName) -> torch.device:
 def backend(device: torch.device) -> str:
     """The torch.distributed backend of a device."""
     return "nccl" if device.type == "cuda" else "gloo"
-
-
-def has_fused_adam() -> bool:
-    """Whether megatron-core will take Adam from TransformerEngine or NVIDIA Apex instead of torch."""
-    return importlib.util.find_spec("transformer_engine") is not None or importlib.util.find_spec("amp_C") is not None
 
 
 def has_transformer_engine() -> bool:
@@ -111,10 +104,8 @@ def report() -> str:
     lines = [f"{name} {version}" for name, version in package_versions().items()]
     lines.append(f"CUDA devices: {torch.cuda.device_count() if torch.cuda.is_available() else 0}")
     lines.append(f"TransformerEngine layers: {'yes' if has_transformer_engine() else 'no (our layers and torch SDPA are used)'}")
-    lines.append(f"fused Adam on CUDA: {'yes' if has_fused_adam() else 'no (torch AdamW is used)'}")
-    for title, patches in (("on the CPU", CPU_PATCHES), ("wherever torch's AdamW is used", TORCH_ADAM_PATCHES)):
-        lines += ["", f"patches applied {title}:"]
-        lines += [f"  {patch.what}\n      {patch.why}" for patch in patches]
+    lines += ["", "patches applied on the CPU:"]
+    lines += [f"  {patch.what}\n      {patch.why}" for patch in CPU_PATCHES]
     return "\n".join(lines)
 
 
@@ -299,52 +290,5 @@ CPU_PATCHES = (
         "Tensor.type() inside the optimizer constructors and clip_grad_by_total_norm_fp32",
         'compared with "torch.cuda.FloatTensor" (optimizer.py:671, 690; distrib_optimizer.py:361, 420; clip_grads.py:167)',
         _patch_type_names,
-    ),
-)
-
-
-# --- two faults of the distributed optimizer with torch's Adam (also on a GPU without TransformerEngine and Apex) ---------------------------------
-
-
-def _patch_keep_step() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Optimizer
-
-    original = Optimizer._set_main_param_and_optimizer_states
-
-    def keep_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state and "step" not in tensors:
-            tensors = {**tensors, "step": state["step"]}
-        return original(self, model_param, tensors)
-
-    Optimizer._set_main_param_and_optimizer_states = keep_step
-
-
-def _patch_own_step() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Optimizer
-
-    original = Optimizer.load_state_dict
-
-    def own_step(self: Any, state_dict: Any) -> Any:
-        result = original(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-        return result
-
-    Optimizer.load_state_dict = own_step
-
-
-TORCH_ADAM_PATCHES = (
-    Patch(
-        "DistributedOptimizer._set_main_param_and_optimizer_states",
-        "KeyError 'step' on load: torch's Adam keeps a step per parameter that the reshardable checkpoint does not hold",
-        _patch_keep_step,
-    ),
-    Patch(
-        "DistributedOptimizer.load_state_dict",
-        "gives all parameters one shared step tensor, which Adam then counts once per parameter: wrong bias correction after every resume",
-        _patch_own_step,
     ),
 )

@@ -1,4 +1,4 @@
-"""AdamW under megatron-core's distributed optimizer: fp32 master weights and moments, cut over the data-parallel ranks.
+"""AdamW under megatron-core's distributed optimizer: master weights and moments, cut over the data-parallel ranks.
 
 Weight decay leaves out norms and biases (one-dimensional weights), as Megatron-LM does; the learning rate is set each step from a pure schedule.
 """
@@ -6,15 +6,16 @@ Weight decay leaves out norms and biases (one-dimensional weights), as Megatron-
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from torch import Tensor
 
 from megatron_prism.config import OptimizerConfig
-from megatron_prism.engine.device import has_transformer_engine
+from megatron_prism.engine.adamw import AdamW
 from megatron_prism.engine.mcore import optimizer_config
 from megatron_prism.engine.model import Chunk, to_precision
 from megatron_prism.engine.parallel import Mesh
-from megatron_prism.errors import UserError
 
 
 def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, overlap: bool) -> list[DistributedDataParallel]:
@@ -37,24 +38,85 @@ def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, over
     ]
 
 
-def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfig, bf16: bool) -> MegatronOptimizer:
+class Optimizer:
+    """megatron-core's distributed optimizer (which rank owns which range of which weight, the exchange of gradients and weights) around our AdamW.
+
+    Other than in megatron-core's own step the norm of the gradients stays on the device, and clipping, the update and the rounding to bf16 are one pass
+    over memory (`kernels/adamw`).
+    """
+
+    def __init__(self, inner: MegatronOptimizer, config: OptimizerConfig) -> None:
+        self.chained_optimizers: list[Any] = inner.chained_optimizers
+        self.param_groups: list[dict[str, Any]] = inner.param_groups
+        self.scale_loss = inner.scale_loss
+        self.zero_grad = inner.zero_grad
+        self.clip_grad = config.clip_grad
+        for part in self.chained_optimizers:
+            _order_by_type(part)
+            part.optimizer = AdamW(part.optimizer.param_groups, config)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Clip, update and (unless that overlaps with the next forward pass) gather the weights -> the gradients' norm before clipping, fp32 []."""
+        for part in self.chained_optimizers:
+            part.prepare_grads()
+        norm = self._grad_norm()
+        scale = None if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        for part in self.chained_optimizers:
+            part.optimizer.gradient_scale = scale
+            part.step_with_ready_grads()
+        return norm
+
+    def _grad_norm(self) -> Tensor:
+        """Over all ranks, weights that several hold counted once."""
+        device = self.param_groups[0]["params"][0].device
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for part in self.chained_optimizers:
+            gradients = part.get_main_grads_for_grad_norm()
+            if gradients:
+                total += torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+        dist.all_reduce(total, group=self.chained_optimizers[0].get_grad_stats_parallel_group())
+        return total.sqrt()
+
+    def take_weights(self) -> None:
+        """Start anew from the model's weights as they are now: fresh moments, step 0."""
+        for part in self.chained_optimizers:
+            part.optimizer.forget()
+            part.reload_model_params()  # the masters that megatron-core holds: those of FP8 weights
+
+    def initialize(self) -> None:
+        """Make every moment and master weight, so that a checkpoint can fill them."""
+        for part in self.chained_optimizers:
+            part.optimizer.initialize()
+
+    def groups(self) -> dict[str, Any]:
+        """What belongs to a group of weights and not to a weight: the step, above all."""
+        return {"optimizer": {"param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]}}
+
+    def load_groups(self, saved: dict[str, Any]) -> None:
+        """Take up the step of saved groups; everything else of a group comes from the recipe, at every step."""
+        steps = {int(group["step"]) for group in saved["optimizer"]["param_groups"] if "step" in group}
+        assert len(steps) == 1, f"one step for all groups, found {sorted(steps)}"
+        for group in self.param_groups:
+            group["step"] = min(steps)
+
+
+def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfig, bf16: bool) -> Optimizer:
     """The optimizer of wrapped chunks, also tied to them for megatron-core's schedules (gradient scaling and the final reduction)."""
+    layers = model[0].config
     settings = optimizer_config(
         lr=config.lr,
         min_lr=0.0,
         weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        adam_eps=config.eps,
         clip_grad=config.clip_grad or 0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        fp8_recipe=model[0].config.fp8_recipe if model[0].config.fp8_param else None,
-        **_state_types(config),
+        fp8_recipe=layers.fp8_recipe if layers.fp8_param else None,
     )
-    optimizer = get_megatron_optimizer(settings, model)
-    for part in optimizer.chained_optimizers:
-        _order_by_type(part)
+    # the weights that are updated are the model's own, and gradients of another type are handed over beside them; masters of FP8 weights only
+    # megatron-core knows how to round
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = not layers.fp8_param
+    optimizer = Optimizer(get_megatron_optimizer(settings, model), config)
     for chunk in model:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
@@ -65,25 +127,6 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         if several:
             schedule.grad_sync_func = [chunk.start_grad_sync for chunk in model]
     return optimizer
-
-
-def _state_types(config: OptimizerConfig) -> dict[str, Any]:
-    """megatron-core's "precision-aware" optimizer: TransformerEngine's Adam reads gradients, and keeps master weights and moments, as asked."""
-    if not config.is_precision_aware:
-        return {}
-    if not has_transformer_engine():
-        raise UserError(
-            "optimizer.gradients=bf16, moments=bf16 and split_master are TransformerEngine's, which is not installed "
-            "(pip install megatron-prism[gpu]); leave them at their defaults"
-        )
-    moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
-    return {
-        "use_precision_aware_optimizer": True,
-        "main_grads_dtype": torch.bfloat16 if config.gradients == "bf16" else torch.float32,
-        "exp_avg_dtype": moments,
-        "exp_avg_sq_dtype": moments,
-        "store_param_remainders": config.split_master,
-    }
 
 
 def _order_by_type(part: Any) -> None:
@@ -97,7 +140,7 @@ def _order_by_type(part: Any) -> None:
             part.model_param_group_index_map[weight] = (index, order)
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
     """Set rate and decay of every parameter group, times the group's own multipliers (norms and biases: no decay)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)

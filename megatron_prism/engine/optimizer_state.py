@@ -97,6 +97,13 @@ def _box_of(part: ShardedTensor, offset: tuple[int, ...], size: tuple[int, ...])
     )
 
 
+def _owned(part: Any, weight: torch.nn.Parameter) -> Tensor:
+    """The flat range of a weight that this rank updates."""
+    group, order = part.model_param_group_index_map[weight]
+    owned: Tensor = part.optimizer.param_groups[group]["params"][order]
+    return owned
+
+
 class OptimizerState:
     """The optimizer's state of this rank, in a form that megatron-core's dist_checkpointing saves, or fills."""
 
@@ -105,7 +112,7 @@ class OptimizerState:
         self.tensors: dict[str, ShardedTensor] = {}
         self._loaded: list[tuple[Any, torch.nn.Parameter, dict[str, Tensor]]] = []
         for part, weight, start, stop in own_state(optimizer):
-            state = part._get_main_param_and_optimizer_states(weight)
+            state = part.optimizer.values(_owned(part, weight))
             tensors = {name: torch.empty_like(state[name]) if loading else state[name].detach() for name in STATES}
             if loading:
                 self._loaded.append((part, weight, tensors))
@@ -127,4 +134,4 @@ class OptimizerState:
             if data.data_ptr() != tensor.data_ptr():
                 data.copy_(tensor)
         for part, weight, tensors in self._loaded:
-            part._set_main_param_and_optimizer_states(weight, tensors)
+            part.optimizer.put(_owned(part, weight), tensors)

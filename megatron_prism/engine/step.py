@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prism.engine.data import MicroBatch, SampleReader
 from megatron_prism.engine.loss import masked_loss
-from megatron_prism.engine.optimizer import set_learning_rate
+from megatron_prism.engine.optimizer import Optimizer, set_learning_rate
 from megatron_prism.engine.parallel import Mesh
 
 
@@ -23,7 +22,7 @@ class Engine:
     """What a step needs: the wrapped chunks, their optimizer, this rank's mesh and device."""
 
     model: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    optimizer: Optimizer
     mesh: Mesh
     device: torch.device
 
@@ -53,9 +52,8 @@ def train_step(engine: Engine, data: SampleReader, first_sample: int, lr: float,
     engine.optimizer.zero_grad()
     parts = forward_backward(engine, data, first_sample, forward_only=False)
     set_learning_rate(engine.optimizer, lr, weight_decay)
-    updated, grad_norm, _ = engine.optimizer.step()
-    assert updated, "megatron-core skipped an update; only fp16 loss scaling may do so"
-    return _over_all_ranks(engine, parts, float(grad_norm), signal)
+    grad_norm = engine.optimizer.step()
+    return _over_all_ranks(engine, parts, grad_norm, signal)
 
 
 def evaluate_step(engine: Engine, data: SampleReader, first_sample: int) -> Tensor:
@@ -66,7 +64,7 @@ def evaluate_step(engine: Engine, data: SampleReader, first_sample: int) -> Tens
         parts = forward_backward(engine, data, first_sample, forward_only=True)
     for chunk in engine.model:
         chunk.train()
-    return _over_all_ranks(engine, parts, grad_norm=0.0, signal=0).by_source
+    return _over_all_ranks(engine, parts, torch.zeros((), device=engine.device), signal=0).by_source
 
 
 def forward_backward(engine: Engine, data: SampleReader, first_sample: int, forward_only: bool) -> Tensor:
@@ -95,10 +93,13 @@ def forward_backward(engine: Engine, data: SampleReader, first_sample: int, forw
     return total
 
 
-def _over_all_ranks(engine: Engine, parts: Tensor, grad_norm: float, signal: int) -> StepReport:
-    """Add up what the ranks saw, in one exchange and one copy to the host. Tensor-parallel ranks saw the same tokens: one speaks for all."""
+def _over_all_ranks(engine: Engine, parts: Tensor, grad_norm: Tensor, signal: int) -> StepReport:
+    """Add up what the ranks saw, in one exchange and one copy to the host, the step's only wait for the device.
+
+    Tensor-parallel ranks saw the same tokens: one speaks for all. The norm is the same everywhere.
+    """
     counted = parts if engine.mesh.tp_rank == 0 else torch.zeros_like(parts)
-    message = torch.cat([counted.flatten(), torch.tensor([float(signal)], dtype=torch.float64, device=engine.device)])
+    message = torch.cat([counted.flatten(), torch.full((1,), float(signal), dtype=torch.float64, device=engine.device)])
     dist.all_reduce(message)
-    message = message.cpu()
-    return StepReport(by_source=message[:-1].view_as(parts), grad_norm=grad_norm, signal=int(message[-1]))
+    seen = torch.cat([message, grad_norm.double().view(1)]).cpu()
+    return StepReport(by_source=seen[:-2].view_as(parts), grad_norm=float(seen[-1]), signal=int(seen[-2]))

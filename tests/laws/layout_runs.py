@@ -36,12 +36,10 @@ def mean_of_means(batch: MicroBatch, num_sources: int) -> loss.LossParts:
 
 
 def load_with_one_step_tensor(engine: step.Engine, folder: Path) -> checkpoint.Progress:
-    """As megatron-core leaves torch's Adam after a load: all weights count their steps in one tensor."""
+    """As megatron-core would leave torch's Adam after a load: all weights count their steps in one tensor."""
     progress = LOAD_ALL(engine, folder)
-    for part in engine.optimizer.chained_optimizers:
-        states = list(part.optimizer.state.values())
-        for state in states:
-            state["step"] = states[0]["step"]
+    for group in engine.optimizer.param_groups:
+        group["step"] *= len(group["params"])
     return progress
 
 

@@ -54,7 +54,7 @@ def test_a_resumed_run_equals_an_unbroken_run_bit_for_bit(unbroken):
 
 @pytest.mark.slow
 def test_one_step_counter_shared_by_all_weights_breaks_the_equality(unbroken):
-    """Law 8: the fault of megatron-core with torch's Adam that `device.TORCH_ADAM_PATCHES` mends."""
+    """Law 8: a fault that megatron-core has with torch's Adam (0.16.1), and that our AdamW cannot have: its step belongs to the group."""
     root, runs = unbroken
     name = "dp, dropout"
     folder = root / "runs_2_fault"

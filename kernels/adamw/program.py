@@ -1,0 +1,56 @@
+"""The Triton program of `adamw`; imported when it first runs, because importing triton costs half a second."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def program(
+    weight_ptr: Any,
+    gradient_ptr: Any,
+    exp_avg_ptr: Any,
+    exp_avg_sq_ptr: Any,
+    master_ptr: Any,
+    scale_ptr: Any,
+    count: Any,
+    decay: Any,
+    step_size: Any,
+    root_scale: Any,
+    beta1: Any,
+    beta2: Any,
+    eps: Any,
+    KIND: tl.constexpr,  # noqa: N803
+    SCALED: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    """One block of weights. KIND: 0 no master, 1 an fp32 master, 2 the lower half of one."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    g = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        g *= tl.load(scale_ptr)
+    m = tl.load(exp_avg_ptr + place, mask=inside, other=0.0).to(tl.float32) * beta1 + g * (1 - beta1)
+    v = tl.load(exp_avg_sq_ptr + place, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * (1 - beta2)
+    if KIND == 0:
+        w = tl.load(weight_ptr + place, mask=inside, other=0.0)
+    elif KIND == 1:
+        w = tl.load(master_ptr + place, mask=inside, other=0.0)
+    else:
+        upper = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        lower = tl.load(master_ptr + place, mask=inside, other=0).to(tl.int32)
+        w = ((upper << 16) + lower).to(tl.float32, bitcast=True)
+    w = w * (1 - decay)
+    w = w - step_size * m / (tl.sqrt(v) * root_scale + eps)
+    tl.store(exp_avg_ptr + place, m.to(exp_avg_ptr.dtype.element_ty), mask=inside)
+    tl.store(exp_avg_sq_ptr + place, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=inside)
+    if KIND == 2:
+        bits = w.to(tl.int32, bitcast=True)
+        upper = (bits + 0x8000) >> 16
+        tl.store(weight_ptr + place, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+        tl.store(master_ptr + place, (bits - (upper << 16)).to(tl.int16), mask=inside)
+    else:
+        tl.store(weight_ptr + place, w.to(weight_ptr.dtype.element_ty), mask=inside)
+        if KIND == 1:
+            tl.store(master_ptr + place, w, mask=inside)

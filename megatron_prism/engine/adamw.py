@@ -1,0 +1,94 @@
+"""AdamW as megatron-core's distributed optimizer calls it, over this rank's ranges of the weights.
+
+Owns: where the fp32 master weights and the moments of a range are, and their types. Stands where megatron-core expects the "precision-aware" form of
+TransformerEngine's FusedAdam: gradients of any type lie beside a weight, as its `decoupled_grad`, and the weights that are updated are the model's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prism.config import OptimizerConfig
+from megatron_prism.kernels.adamw import Hyperparameters, adamw, join, split
+
+MASTER = "master_param"
+
+
+class AdamW:
+    """param_groups: megatron-core's, each with `params` (flat ranges), `lr`, `weight_decay`, and from the first step on `step`.
+
+    state[weight]: exp_avg, exp_avg_sq, and for a bf16 weight its master: fp32, or the int16 half that the weight lacks. An fp32 weight is its own
+    master. gradient_scale: what the next step's gradients count times, one number on the device.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        self.param_groups = param_groups
+        self.config = config
+        self.moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.gradient_scale: Tensor | None = None
+        for group in param_groups:
+            group.setdefault("step", 0)
+
+    def step(self) -> None:
+        """Update every weight that has a gradient."""
+        for group in self.param_groups:
+            group["step"] += 1
+            settings = Hyperparameters(group["lr"], self.config.betas, self.config.eps, group["weight_decay"], group["step"])
+            for weight in group["params"]:
+                gradient = _gradient(weight)
+                if gradient is not None:
+                    state = self._state(weight)
+                    moments = state["exp_avg"], state["exp_avg_sq"]
+                    adamw(weight, gradient, *moments, settings, master=state.get(MASTER), gradient_scale=self.gradient_scale)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients' places; DDP's buffer is cleared apart."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = weight.decoupled_grad = None
+
+    def initialize(self) -> None:
+        """Make the state of every weight."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self._state(weight)
+
+    def forget(self) -> None:
+        """As before the first step."""
+        self.state.clear()
+        for group in self.param_groups:
+            group["step"] = 0
+
+    def values(self, weight: Tensor) -> dict[str, Tensor]:
+        """A weight's master and moments in fp32: `param`, `exp_avg`, `exp_avg_sq`."""
+        state = self._state(weight)
+        master = state.get(MASTER, weight)
+        whole = join(weight, master) if master.dtype == torch.int16 else master
+        return {"param": whole, "exp_avg": state["exp_avg"].float(), "exp_avg_sq": state["exp_avg_sq"].float()}
+
+    @torch.no_grad()
+    def put(self, weight: Tensor, values: dict[str, Tensor]) -> None:
+        """Take over what `values` gave; a bf16 weight follows its master."""
+        state = self._state(weight)
+        state["exp_avg"].copy_(values["exp_avg"])
+        state["exp_avg_sq"].copy_(values["exp_avg_sq"])
+        master = state.get(MASTER)
+        upper, lower = split(values["param"]) if master is not None and master.dtype == torch.int16 else (values["param"], values["param"])
+        weight.copy_(upper)
+        if master is not None:
+            master.copy_(lower)
+
+    def _state(self, weight: Tensor) -> dict[str, Tensor]:
+        if weight not in self.state:
+            self.state[weight] = {name: torch.zeros_like(weight, dtype=self.moments) for name in ("exp_avg", "exp_avg_sq")}
+            if weight.dtype == torch.bfloat16:
+                self.state[weight][MASTER] = torch.zeros_like(weight, dtype=torch.int16) if self.config.split_master else weight.float()
+        return self.state[weight]
+
+
+def _gradient(weight: Tensor) -> Tensor | None:
+    """The gradient that the distributed optimizer put beside a weight; it may be of another type."""
+    beside: Tensor | None = getattr(weight, "decoupled_grad", None)
+    return weight.grad if beside is None else beside

@@ -1,0 +1,115 @@
+"""Law 6 for AdamW: the definition against torch's own in fp64, and the Triton kernel in the interpreter against the definition."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_prism.errors import UserError
+from megatron_prism.kernels.adamw import Hyperparameters, adamw, join, split
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SIZES = (1, 7, 1024, 3001)
+STEPS = 4
+
+
+def settings(step: int) -> Hyperparameters:
+    return Hyperparameters(lr=3e-2 / step, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1, step=step)
+
+
+def gradients(size: int) -> list[torch.Tensor]:
+    torch.manual_seed(size)
+    return [torch.randn(size) * 10.0 ** torch.randint(-6, 3, (size,)) for _ in range(STEPS)]
+
+
+def poisoned(values: torch.Tensor) -> torch.Tensor:
+    """The same values between memory full of NaN (or the largest integer)."""
+    around = torch.full((values.numel() + 64,), torch.iinfo(values.dtype).max if values.dtype == torch.int16 else torch.nan, dtype=values.dtype)
+    inside = around[32 : 32 + values.numel()]
+    inside.copy_(values)
+    return inside
+
+
+def run(size: int, weight: torch.dtype, moments: torch.dtype, master: torch.dtype | None, impl: str, gradient: torch.dtype = torch.float32):
+    torch.manual_seed(1)
+    start = torch.randn(size)
+    w, m, v = poisoned(start.to(weight)), poisoned(torch.zeros(size, dtype=moments)), poisoned(torch.zeros(size, dtype=moments))
+    p = None if master is None else poisoned(torch.zeros(size, dtype=torch.int16) if master == torch.int16 else w.float())
+    for step, g in enumerate(gradients(size), 1):
+        adamw(w, g.to(gradient), m, v, settings(step), master=p, gradient_scale=torch.tensor(0.37), impl=impl)
+    return [tensor for tensor in (w, m, v, p) if tensor is not None]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_definition_is_torch_s_adamw(size):
+    start = torch.randn(size, dtype=torch.float64)
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([theirs], betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1)
+    ours, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step, g in enumerate(gradients(size), 1):
+        theirs.grad = 0.37 * g.double()
+        optimizer.param_groups[0]["lr"] = settings(step).lr
+        optimizer.step()
+        adamw(ours, g.double(), m, v, settings(step), gradient_scale=torch.tensor(0.37, dtype=torch.float64))
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_split_master_is_the_fp32_value_bit_for_bit_and_its_upper_half_the_nearest_bf16():
+    torch.manual_seed(0)
+    values = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-30, 30, (5000,)), torch.tensor([0.0, -0.0, 1.0, -1.0, 3.4e38, torch.inf, 1e-45])])
+    upper, lower = split(values)
+    assert torch.equal(join(upper, lower).view(torch.int32), values.view(torch.int32))
+    finite = values.abs() < 3.38e38
+    assert ((upper.float() - values).abs() <= (values.bfloat16().float() - values).abs())[finite].all()
+    assert (upper[finite] != values.bfloat16()[finite]).sum() <= 1  # ties alone
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_split_master_takes_the_steps_of_a_whole_one(size):
+    impl = "fused" if INTERPRETED else "reference"
+    w, m, v, lower = run(size, torch.bfloat16, torch.float32, torch.int16, impl)
+    _, m_whole, v_whole, whole = run(size, torch.bfloat16, torch.float32, torch.float32, impl)
+    assert torch.equal(join(w, lower), whole) and torch.equal(m, m_whole) and torch.equal(v, v_whole)
+
+
+def test_bf16_moments_stay_near_those_in_fp32():
+    exact, near = (run(3001, torch.bfloat16, moments, torch.float32, "reference")[3] for moments in (torch.float32, torch.bfloat16))
+    assert (
+        0
+        < (exact - near).norm() / (exact - run(3001, torch.bfloat16, torch.float32, torch.float32, "reference")[0].float()).norm().clamp(min=1)
+        < 0.1
+    )
+
+
+def test_the_kernel_is_refused_by_name_where_it_cannot_run():
+    weight = torch.zeros(4, dtype=torch.float64 if INTERPRETED else torch.float32)
+    with pytest.raises(UserError, match="float64" if INTERPRETED else "not on CUDA"):
+        adamw(weight, weight, weight.clone(), weight.clone(), settings(1), impl="fused")
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("weight", "master"), [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.int16)], ids=["fp32", "whole", "split"]
+    )
+    def test_the_kernel_is_the_definition(size, weight, master, moments, gradient):
+        fused, wanted = (run(size, weight, moments, master, impl, gradient) for impl in ("fused", "reference"))
+        for ours, theirs in zip(fused, wanted, strict=True):
+            if ours.dtype == torch.int16:
+                ours, theirs = join(fused[0], ours), join(wanted[0], theirs)
+            # in bf16 one step differs by a unit in the last place (2^-8): the interpreter rounds towards zero
+            tolerance = 2e-2 if torch.bfloat16 in (ours.dtype, moments) else 1e-6
+            assert (ours.float() - theirs.float()).norm() <= tolerance * theirs.float().norm()
+
+else:
+
+    def test_all_of_this_holds_for_the_triton_kernel_in_the_interpreter():
+        """Triton decides at import whether it interprets, hence the process."""
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-3000:]
