@@ -1,12 +1,12 @@
 """A ModelConfig becomes megatron-core's GPTModel, or its MambaModel for hybrids: TransformerConfig, and the chunks that this rank holds.
 
-Owns: the choice of layers (TransformerEngine's on CUDA, ours elsewhere), the masking of padded vocabulary rows, the multipliers of embedding and
+Owns: the choice of layers (TransformerEngine's on CUDA, ours elsewhere), the loss over the real vocabulary, the multipliers of embedding and
 logits (those of the residual branches stand in `layer_specs`), and which weights stay fp32 in a bf16 run.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mamba import MambaModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -26,6 +27,7 @@ from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.rope import inverse_frequencies
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.kernels.linear_cross_entropy import linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +60,12 @@ class LanguageModel(LanguageModule):
     depend on the layout.
     """
 
+    post_process: bool
+
     def _finish(self, model: ModelConfig, mesh: Mesh) -> None:
         """Called at the end of __init__."""
         rows = mesh.plan.padded_vocab_size // mesh.plan.tp
+        self.first_row = mesh.tp_rank * rows
         self.real_rows = min(max(model.vocab_size - mesh.tp_rank * rows, 0), rows)
         self.padded_rows = rows - self.real_rows
         self.vocabulary = model.vocab_size
@@ -76,24 +81,49 @@ class LanguageModel(LanguageModule):
         attention_mask: None,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """input_ids, position_ids [b, s] -> loss of each token [b, s] with labels [b, s], else logits [b, s, v/tp]; hidden states before the end."""
+        """input_ids, position_ids [b, s] -> with labels [b, s] the loss of each token, fp32 [b, s], else logits [b, s, v/tp]; hidden states before
+        the last stage.
+
+        loss_mask [b, s]: what each token's loss will count times; without it the gradients cost a fourth product with the LM head.
+        """
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             if self.embedding_multiplier != 1.0:
                 decoder_input = decoder_input * self.embedding_multiplier
-        out: Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input=decoder_input, labels=labels, **kwargs)
-        return out / self.logits_scaling if self.post_process and labels is None and self.logits_scaling != 1.0 else out
+        whole = super().forward
+        if not self.post_process:
+            return cast(Tensor, whole(input_ids, position_ids, attention_mask, decoder_input=decoder_input, **kwargs))
+        if labels is None:
+            logits: Tensor = whole(input_ids, position_ids, attention_mask, decoder_input=decoder_input, **kwargs)
+            return logits / self.logits_scaling if self.logits_scaling != 1.0 else logits
+        self.post_process = False  # the last hidden states, not all logits: the loss makes those of some tokens at a time
+        try:
+            hidden_sbh: Tensor = whole(input_ids, position_ids, attention_mask, decoder_input=decoder_input, **kwargs)
+        finally:
+            self.post_process = True
+        return self._losses(hidden_sbh, labels, loss_mask)
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, v/tp] -> cross-entropy of each token [b, s]; the softmax runs over the real vocabulary."""
-        if self.logits_scaling != 1.0:
-            logits.div_(self.logits_scaling)  # in place, as the mask below: a second copy of all logits would be the peak of memory
-        if self.padded_rows:
-            logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
-        loss: Tensor = super().compute_language_model_loss(labels, logits)
-        return loss
+    def _losses(self, hidden_sbh: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+        """Cross-entropy of each token over the real vocabulary, [b, s]; hidden states of this rank's part of the sequence under sp."""
+        if self.config.sequence_parallel:
+            hidden_sbh = gather_from_sequence_parallel_region(hidden_sbh, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        losses_t = linear_cross_entropy(
+            hidden_sbh.flatten(0, 1),
+            weight,
+            labels.t().flatten(),
+            token_weights_t=None if loss_mask is None else loss_mask.t().flatten(),
+            unit_gradient=loss_mask is not None and hasattr(weight, "main_grad"),  # a step's loss is a plain sum over its tokens
+            logits_scaling=self.logits_scaling,
+            real_rows=self.real_rows,
+            first_row=self.first_row,
+            group=self.pg_collection.tp,
+        )
+        return losses_t.view(hidden_sbh.shape[:2]).t()
 
     @torch.no_grad()
     def clear_padding(self) -> None:
@@ -183,8 +213,6 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         gradient_accumulation_fusion=options.fuse_gradients and engine,
         deterministic_mode=options.deterministic,
         persist_layer_norm=False,
-        cross_entropy_loss_fusion=on_cuda and options.precision == "bf16",
-        cross_entropy_fusion_impl="native",
         **_recompute_settings(options),
         **_fp8_settings(options, engine),
     )

@@ -41,8 +41,8 @@ def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, over
 class Optimizer:
     """megatron-core's distributed optimizer (which rank owns which range of which weight, the exchange of gradients and weights) around our AdamW.
 
-    Other than in megatron-core's own step the norm of the gradients stays on the device, and clipping, the update and the rounding to bf16 are one pass
-    over memory (`kernels/adamw`).
+    Other than in megatron-core's own step the norm of the gradients stays on the device, and clipping, the update and the rounding to bf16 are
+    one pass over memory (`kernels/adamw`).
     """
 
     def __init__(self, inner: MegatronOptimizer, config: OptimizerConfig) -> None:

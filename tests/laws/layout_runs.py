@@ -11,17 +11,17 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import checkpoint, loop, loss, parallel, step
+from megatron_prism.engine import checkpoint, loop, loss, model, parallel, step
 from megatron_prism.engine.data import MicroBatch
-from megatron_prism.engine.model import LanguageModel
 from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def mean_of_means(batch: MicroBatch, num_sources: int) -> loss.LossParts:
@@ -46,6 +46,11 @@ def load_with_one_step_tensor(engine: step.Engine, folder: Path) -> checkpoint.P
 LOAD_ALL = checkpoint.load_all
 
 
+def over_padded_rows_too(*args: Any, real_rows: int, **kwargs: Any) -> torch.Tensor:
+    """The loss with a softmax over every row of the LM head."""
+    return linear_cross_entropy(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def planted(fault: str | None) -> Iterator[None]:
     """One defect, by name."""
@@ -61,7 +66,7 @@ def planted(fault: str | None) -> Iterator[None]:
         ),
         "shared_adam_step": mock.patch.object(checkpoint, "load_all", load_with_one_step_tensor),
         "mean_of_micro_batch_means": mock.patch.object(step, "masked_loss", mean_of_means),
-        "padded_rows_in_softmax": mock.patch.object(LanguageModel, "compute_language_model_loss", GPTModel.compute_language_model_loss),
+        "padded_rows_in_softmax": mock.patch.object(model, "linear_cross_entropy", over_padded_rows_too),
     }
     with patches[fault]:
         yield
