@@ -6,6 +6,7 @@ COMPLETE. bench.json is written anew after each case, so that a run that is kill
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def _measure(cfg: Config, cases: list[Case], place: Any) -> bool:
             artifact.write_atomic(cfg.output / RESULTS, json.dumps(results, indent=1) + "\n")
             table.say(found)
         if apart is not None:
-            raise apart
+            print(f"error: rank {bench.rank}: {apart}", file=sys.stderr, flush=True)
+            os._exit(1)  # leaving the process groups would wait for the others too
     if bench.rank == 0:
         table.show(results, cfg.output / RESULTS)
     failed = any(table.failures(case) for case in results["cases"])

@@ -44,7 +44,7 @@ class BareLoop:
     def __init__(self, case: Case, mesh: Mesh, device: torch.device) -> None:
         self.timeline, self.plan, self.seq_len = Timeline(device), mesh.plan, case.train.data.seq_len
         self.engine = device.type == "cuda" and has_transformer_engine()
-        self.notes = [f"TransformerEngine layers: {'yes' if self.engine else 'no'}, fused weight gradients: {'yes' if self.engine else 'no'}"]
+        self.notes = differences(case, self.engine)
         self.batches = pool(case, mesh, device)
         config = bare_config(case, mesh, device, self.engine)
         model = bare_model(case, mesh, config, self.engine).to(device)
@@ -100,6 +100,16 @@ class BareLoop:
     def close(self) -> None:
         """Free the model."""
         free([self.model], self.optimizer)
+
+
+def differences(case: Case, engine: bool) -> list[str]:
+    """What a reader should know of the work that this loop does and does not do."""
+    model, found = case.model, [] if engine else ["megatron-core's local layers: TransformerEngine is not used on this device"]
+    if (model.embedding_multiplier, model.residual_multiplier, model.logits_scaling) != (1.0, 1.0, 1.0):
+        found.append("without the model's multipliers, which megatron-core does not have")
+    if model.is_hybrid and case.train.recompute == "full":
+        found.append("nothing is recomputed: megatron-core's hybrid stack cannot")
+    return found
 
 
 def pool(case: Case, mesh: Mesh, device: torch.device) -> list[MicroBatch]:

@@ -167,9 +167,14 @@ def model_config(model: str, vocab_size: int | None) -> dict[str, Any]:
     config = _published_or_folder(name)
     if colon:
         config = first_layers(config, int(layers))
-    if vocab_size is not None:
-        config = {**config, "vocab_size": vocab_size}
-    return {key: value for key, value in config.items() if key != "auto_map"}
+    config = {key: value for key, value in config.items() if key != "auto_map"}
+    return config if vocab_size is None else _other_vocabulary(config, vocab_size)
+
+
+def _other_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """With the special tokens that it still has."""
+    ids = {key: None for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int) and value >= size}
+    return {**config, **ids, "vocab_size": size}
 
 
 def _published_or_folder(name: str) -> dict[str, Any]:

@@ -146,4 +146,5 @@ def free(chunks: Iterable[DistributedDataParallel], optimizer: Any) -> None:
     for tensor in tensors:
         if type(tensor) in (Tensor, torch.nn.Parameter):
             tensor.grad = None
-            tensor.untyped_storage().resize_(0)
+            if tensor.untyped_storage().resizable():
+                tensor.untyped_storage().resize_(0)

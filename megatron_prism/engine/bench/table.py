@@ -21,6 +21,8 @@ WIDTH = 170
 def failures(case: dict[str, Any]) -> list[str]:
     """What failed in a case: the case itself, or baselines."""
     found = [f"{case['name']}: {case['failed']}"] if "failed" in case else []
+    if "failed" in case.get("ours", {}).get("profile", {}):
+        found.append(f"{case['name']}, profile: {case['ours']['profile']['failed']}")
     return found + [f"{case['name']}, {name}: {side['failed']}" for name, side in case.get("baselines", {}).items() if "failed" in side]
 
 
