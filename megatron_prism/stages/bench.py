@@ -82,11 +82,11 @@ def _measure(cfg: Config, cases: list[Case], place: Any) -> bool:
         if apart is not None:
             print(f"error: rank {bench.rank}: {apart}", file=sys.stderr, flush=True)
             os._exit(1)  # leaving the process groups would wait for the others too
-    if bench.rank == 0:
-        table.show(results, cfg.output / RESULTS)
     failed = any(table.failures(case) for case in results["cases"])
-    if bench.rank == 0 and not failed:
-        artifact.complete(cfg.output)
+    if bench.rank == 0:
+        if not failed:
+            artifact.complete(cfg.output)
+        table.show(results, cfg.output / RESULTS)
     return failed
 
 

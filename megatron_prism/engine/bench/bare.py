@@ -85,7 +85,7 @@ class BareLoop:
 
         def mean(loss_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = loss_bs.float().mean()
-            return loss, {"loss": loss.detach()}
+            return loss, {"loss": loss.detach().clone()}  # the schedule divides the other by the number of micro-batches, in place
 
         return model(batch.tokens, batch.positions, None, labels=batch.labels), mean
 

@@ -68,6 +68,7 @@ def _bare_obstacle(case: Case, device: torch.device) -> str | None:
 
 def forget_fp8() -> None:
     """Drop the scales and histories that TransformerEngine keeps for the whole process, of models that are gone."""
-    module = sys.modules.get("transformer_engine.pytorch.fp8")
-    if module is not None:
-        module.FP8GlobalStateManager.reset()
+    for name in ("transformer_engine.pytorch.quantization", "transformer_engine.pytorch.fp8"):  # where it is from 2.12 on, and before
+        manager: Any = getattr(sys.modules.get(name), "FP8GlobalStateManager", None)
+        if manager is not None:
+            manager.reset()

@@ -116,7 +116,8 @@ class Bench:
         try:
             dist.all_gather_object(said, failure, group=self.control)
         except RuntimeError as error:
-            raise RanksApartError(failure or f"other ranks did not come back within {PATIENCE_SECONDS} s") from error
+            apart = f"the ranks did not come together again within {PATIENCE_SECONDS} s"
+            raise RanksApartError(apart if failure is None else f"{failure}; {apart}") from error
         return said
 
     def clean(self) -> None:
@@ -270,7 +271,8 @@ class Bench:
         return {
             "step_ms": summary,
             **figures.rates(case.model, case.train.data.seq_len, case.tokens_per_step, self.ranks, summary["median"], site.ceiling),
-            "split_ms": figures.split(timing.parts, times),
+            "split_ms": (parts := figures.split(timing.parts, times)),
+            "data_share": parts["data"] / summary["mean"],
             "memory": memory or None,
             "parameters_on_rank_0": side.parameters(),
             "loss": side.loss(),
