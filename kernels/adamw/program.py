@@ -1,30 +1,28 @@
 """The Triton program of `adamw`; imported when it first runs, because importing triton costs half a second."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def program(
-    weight_ptr: Any,
-    gradient_ptr: Any,
-    exp_avg_ptr: Any,
-    exp_avg_sq_ptr: Any,
-    master_ptr: Any,
-    scale_ptr: Any,
-    count: Any,
-    decay: Any,
-    step_size: Any,
-    root_scale: Any,
-    beta1: Any,
-    beta2: Any,
-    eps: Any,
+def program(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    gradient_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    master_ptr,
+    scale_ptr,
+    count,
+    decay,
+    step_size,
+    root_scale,
+    beta1,
+    beta2,
+    eps,
     KIND: tl.constexpr,  # noqa: N803
     SCALED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
-) -> None:
+):
     """One block of weights. KIND: 0 no master, 1 an fp32 master, 2 the lower half of one."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count

@@ -108,6 +108,19 @@ if INTERPRETED:
 
 else:
 
+    @pytest.mark.parametrize(("kind", "weight", "master"), [(0, "*fp32", "*fp32"), (1, "*bf16", "*fp32"), (2, "*bf16", "*i16")])
+    def test_the_kernel_compiles_for_hopper(kind, weight, master):
+        """The interpreter forgives what the compiler does not; compiling needs no GPU."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from megatron_prism.kernels.adamw.program import program
+
+        types = [weight, "*fp32", "*bf16", "*bf16", master, "*fp32", "i32", *["fp32"] * 6, *["constexpr"] * 3]
+        source = ASTSource(program, dict(zip(program.arg_names, types, strict=True)), {"KIND": kind, "SCALED": True, "BLOCK": 1024})
+        assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 1000
+
     def test_all_of_this_holds_for_the_triton_kernel_in_the_interpreter():
         """Triton decides at import whether it interprets, hence the process."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
