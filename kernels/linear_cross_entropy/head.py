@@ -21,6 +21,8 @@ BLOCK_BYTES = 256 * 2**20
 TOKENS_PER_BLOCK = 8192
 ALIGNED = 128
 """tokens and rows are cut at multiples of it, as the tiles of matrix products want"""
+ROW_UNIT = 16
+"""a row of logits in memory has a multiple of it: 16-byte units, which odd vocabularies lack, are what fast products and loads need"""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Head:
     chunk_tokens: int | None
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(tokens, their logits over all real rows, and over padding rows up to a multiple of 128), one buffer for all."""
-        columns = min(_rounded_up(self.vocabulary.real_rows, ALIGNED), self.weight_vh.shape[0])
-        size = self.chunk_tokens or _even_chunk(len(self.x_th), CHUNK_BYTES // (max(columns, 1) * self.x_th.element_size()))
+        """(tokens, their logits over all real rows, and over padding rows up to a multiple of 128, never none), one buffer for all."""
+        columns = min(_rounded_up(max(self.vocabulary.real_rows, 1), ALIGNED), self.weight_vh.shape[0])
+        size = self.chunk_tokens or _even_chunk(len(self.x_th), CHUNK_BYTES // (columns * self.x_th.element_size()))
         buffer = _buffer(self.x_th, min(size, len(self.x_th)), columns)
         for tokens in _slices(len(self.x_th), size):
             yield tokens, self._logits(buffer, tokens, slice(0, columns))
@@ -58,7 +60,7 @@ class Head:
 
     def _logits(self, buffer: Tensor, tokens: slice, rows: slice) -> Tensor:
         columns, count = rows.stop - rows.start, tokens.stop - tokens.start
-        stride = _aligned_stride(columns, buffer.element_size())
+        stride = _rounded_up(columns, ROW_UNIT)
         logits_tv = buffer[: count * stride].view(count, stride)[:, :columns]
         return torch.mm(self.x_th[tokens], self.weight_vh[rows].T, out=logits_tv)
 
@@ -94,12 +96,7 @@ def _even_chunk(length: int, limit: int) -> int:
 
 
 def _buffer(like: Tensor, tokens: int, columns: int) -> Tensor:
-    return like.new_empty(tokens * _aligned_stride(columns, like.element_size()))
-
-
-def _aligned_stride(columns: int, element_size: int) -> int:
-    """Elements from row to row: rows of 16-byte units, which odd vocabularies lack and fast products need."""
-    return _rounded_up(columns, 16 // element_size)
+    return like.new_empty(tokens * _rounded_up(columns, ROW_UNIT))
 
 
 def _rounded_up(length: int, unit: int) -> int:

@@ -3,8 +3,8 @@
     python tests/benchmarks/linear_cross_entropy.py [--vocab 32000 49159 128256] [--tokens 8192] [--hidden 4096] [--repeats 10] [--tiny]
 
 TFLOP/s count the three products that are needed (6 * tokens * hidden * vocabulary), whatever a line computes; beside them their share of the rate of
-an 8192-cube bf16 product in the same run. Times: CUDA events, median (smallest to largest) of --repeats after three others. Memory: the peak beyond inputs, weight
-and main_grad. --tiny runs everything on a CPU in Triton's interpreter: to see that it runs, not how fast.
+an 8192-cube bf16 product in the same run. Times: CUDA events, median (smallest to largest) of --repeats after three others. Memory: the peak beyond
+inputs, weight and main_grad. --tiny runs everything on a CPU in Triton's interpreter: to see that it runs, not how fast.
 """
 
 import argparse
