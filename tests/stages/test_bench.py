@@ -2,7 +2,9 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +154,19 @@ def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path, monkeypatch):
     assert [case["name"] for case in results(cfg)["cases"]] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("resident", "peak", "steady", "fits"),
+    [("auto", 45.0, 34.0, True), ("auto", 115.0, 95.0, False), (True, 115.0, 95.0, True), (False, 45.0, 34.0, False)],
+)
+def test_two_sides_share_a_gpu_where_both_fit_by_what_ours_took(tiny_case, monkeypatch, resident, peak, steady, fits):
+    """GiB of the 8 layers and of the whole LLaMA-3.1-8B on an H200 of 140 GiB."""
+    case, _, _ = tiny_case
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=140 * 2**30))
+    wished = replace(case, options=case.options.model_copy(update={"resident": resident}))
+    memory = {"peak_allocated_gib": peak, "between_steps_gib": steady}
+    assert measure.Bench(torch.device("cuda", 0)).fits("bare_megatron_core", wished, memory) == fits
+
+
 @pytest.mark.parametrize("kind", [sides.Ours, bare.BareLoop])
 def test_a_side_gives_back_its_memory_whoever_still_refers_to_it(tiny_case, kind):
     side = kind(*tiny_case)
@@ -198,7 +213,7 @@ def test_a_baseline_that_cannot_run_is_refused_by_name_or_skipped(tmp_path, mode
     with pytest.raises(UserError, match=rf"{name}: .*{words}"):
         baselines.choose(case, device.CPU)
     available = case.options.model_copy(update={"baselines": "available"})
-    chosen, skipped = baselines.choose(Case(case.name, available, case.hf_config, case.model, case.train, case.plan), device.CPU)
+    chosen, skipped = baselines.choose(replace(case, options=available), device.CPU)
     assert name not in chosen and words in skipped[name]
 
 

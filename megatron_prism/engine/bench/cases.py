@@ -68,6 +68,8 @@ class Config(CaseConfig):
     """folder of the results"""
     cases: list[dict[str, Any]] = Field(default_factory=list)
     """tables of the keys above that differ in each case; none: one case"""
+    only: list[str] | None = None
+    """names of the cases to measure; none: all"""
 
     @field_validator("train", "cases", mode="after")
     @classmethod
@@ -92,7 +94,10 @@ class Config(CaseConfig):
             if case.model is None:
                 raise UserError(f"{where} has no model; published models: {', '.join(families.PUBLISHED)}")
             found.append((case.name or case.model, case))
-        return found
+        unknown = sorted(set(self.only or []) - {name for name, _ in found})
+        if unknown:
+            raise UserError(f"only={unknown}: no cases of these names; there are {', '.join(name for name, _ in found)}")
+        return [(name, case) for name, case in found if self.only is None or name in self.only]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron_prism.engine.bench.cases import Config, resolve
 from megatron_prism.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "bench").glob("*.toml"))
-RANKS = {"one_h200": 1, "two_h200": 2}
+RANKS = {"families": 1, "one_h200": 1, "two_h200": 2}
 
 
 @pytest.fixture
@@ -36,6 +36,11 @@ def test_a_case_is_the_shared_keys_with_its_own_over_them(tiny, tmp_path):
     a, b = resolve(cfg, 1, tmp_path / "work")
     assert (a.train.optimizer.lr, a.train.data.seq_len, a.model.vocab_size, a.options.steps) == (1e-4, 32, 97, 10)
     assert (b.train.optimizer.lr, b.train.data.seq_len, b.model.vocab_size, b.options.steps) == (5e-5, 32, 50, 3)
+
+
+def test_some_of_the_cases_can_be_chosen_by_name(tiny, tmp_path):
+    cfg = tiny_config(tiny, {"name": "a"}, {"name": "b"}, {"name": "c"}, only=["a", "c"])
+    assert [case.name for case in resolve(cfg, 1, tmp_path / "work")] == ["a", "c"]
 
 
 def test_micro_batches_are_those_of_each_data_parallel_rank(tiny, tmp_path):
@@ -96,6 +101,7 @@ def test_random_tokens_are_shards_like_any_others_and_the_same_each_time(tmp_pat
         ({"cases": [{"name": "a"}, {"name": "a"}]}, "names of their own; a is there more than once"),
         ({"cases": [{"warmups": 3}]}, "cases.0: unknown key warmups; did you mean warmup"),
         ({"model": None}, "has no model"),
+        ({"cases": [{"name": "a"}, {"name": "b"}], "only": ["c"]}, "no cases of these names; there are a, b"),
         ({"baselines": ["bare"]}, "baselines"),
         ({"cases": [{"name": "a"}, {"name": "b", "train": {"device": "cuda"}}]}, "share train.device"),
     ],
