@@ -14,7 +14,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mamba import MambaModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -52,6 +52,48 @@ class BuildOptions:
     """TransformerEngine's layers add a weight's gradient into the buffer that DDP gives it, in the product itself: only for chunks that DDP wraps"""
 
 
+class LMHead(ColumnParallelLinear):
+    """megatron-core's last layer, which with labels goes on to the loss: the logits of a part of the tokens at a time, never all of them.
+
+    real_rows, first_row: how many of this rank's rows of the vocabulary are real, and the number of the first.
+    """
+
+    real_rows: int
+    first_row: int
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        logits_scaling: float = 1.0,
+    ) -> Any:
+        """input_ [s, b, h], under sp a part of s -> with labels [b, s] the loss of each token, fp32 [b, s]; else (logits [s, b, v/tp], None).
+
+        weight: the embedding's, where they are tied. loss_mask: as in LanguageModel.forward.
+        """
+        if labels is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        weight = self.weight if weight is None else weight
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=False, group=self.tp_group)
+        losses_t = linear_cross_entropy(
+            input_.flatten(0, 1),
+            weight,
+            labels.t().flatten(),
+            token_weights_t=None if loss_mask is None else loss_mask.t().flatten(),
+            unit_gradient=loss_mask is not None and hasattr(weight, "main_grad"),  # under DDP a step's loss is the plain sum over its tokens
+            logits_scaling=logits_scaling,
+            real_rows=self.real_rows,
+            first_row=self.first_row,
+            group=self.tp_group,
+        )
+        return losses_t.view(input_.shape[:2]).t()
+
+
 class LanguageModel(LanguageModule):
     """What megatron-core's models lack, for either of them: padded vocabulary rows take no part in the softmax, RoPE takes any scaling, and
     Granite's multipliers of embedding and logits stand in the forward pass.
@@ -65,10 +107,12 @@ class LanguageModel(LanguageModule):
     def _finish(self, model: ModelConfig, mesh: Mesh) -> None:
         """Called at the end of __init__."""
         rows = mesh.plan.padded_vocab_size // mesh.plan.tp
-        self.first_row = mesh.tp_rank * rows
         self.real_rows = min(max(model.vocab_size - mesh.tp_rank * rows, 0), rows)
         self.padded_rows = rows - self.real_rows
         self.vocabulary = model.vocab_size
+        if self.post_process:
+            self.output_layer.__class__ = LMHead
+            self.output_layer.real_rows, self.output_layer.first_row = self.real_rows, mesh.tp_rank * rows
         self.embedding_multiplier, self.logits_scaling = model.embedding_multiplier, model.logits_scaling
         if model.position_embedding == "rope":
             rotary: Any = self.rotary_pos_emb
@@ -99,31 +143,14 @@ class LanguageModel(LanguageModule):
         if labels is None:
             logits: Tensor = whole(input_ids, position_ids, attention_mask, decoder_input=decoder_input, **kwargs)
             return logits / self.logits_scaling if self.logits_scaling != 1.0 else logits
-        self.post_process = False  # the last hidden states, not all logits: the loss makes those of some tokens at a time
+        self.post_process = False  # megatron-core then ends with the last hidden states
         try:
             hidden_sbh: Tensor = whole(input_ids, position_ids, attention_mask, decoder_input=decoder_input, **kwargs)
         finally:
             self.post_process = True
-        return self._losses(hidden_sbh, labels, loss_mask)
-
-    def _losses(self, hidden_sbh: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
-        """Cross-entropy of each token over the real vocabulary, [b, s]; hidden states of this rank's part of the sequence under sp."""
-        if self.config.sequence_parallel:
-            hidden_sbh = gather_from_sequence_parallel_region(hidden_sbh, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
-        shared = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        losses_t = linear_cross_entropy(
-            hidden_sbh.flatten(0, 1),
-            weight,
-            labels.t().flatten(),
-            token_weights_t=None if loss_mask is None else loss_mask.t().flatten(),
-            unit_gradient=loss_mask is not None and hasattr(weight, "main_grad"),  # a step's loss is a plain sum over its tokens
-            logits_scaling=self.logits_scaling,
-            real_rows=self.real_rows,
-            first_row=self.first_row,
-            group=self.pg_collection.tp,
-        )
-        return losses_t.view(hidden_sbh.shape[:2]).t()
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        losses: Tensor = self.output_layer(hidden_sbh, weight=shared, labels=labels, loss_mask=loss_mask, logits_scaling=self.logits_scaling)
+        return losses
 
     @torch.no_grad()
     def clear_padding(self) -> None:
