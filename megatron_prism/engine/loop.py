@@ -136,7 +136,7 @@ def build_run(cfg: TrainConfig) -> Run:
 def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place: torch.device) -> Engine:
     """The model of a recipe with random weights, wrapped, and its optimizer: what `prism train` and `prism bench` both step."""
     model = wrap_model(build(model_config, mesh, build_options(cfg), place), mesh, cfg.optimizer, overlap=place.type == "cuda")
-    return Engine(model, build_optimizer(model, cfg.optimizer, cfg.precision == "bf16"), mesh, place)
+    return Engine(model, build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16"), mesh, place)
 
 
 def build_options(cfg: TrainConfig) -> BuildOptions:

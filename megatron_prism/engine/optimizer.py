@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_prism.config import OptimizerConfig
@@ -41,11 +42,13 @@ def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, over
 class Optimizer:
     """megatron-core's distributed optimizer (which rank owns which range of which weight, the exchange of gradients and weights) around our AdamW.
 
-    Other than in megatron-core's own step the norm of the gradients stays on the device, and clipping, the update and the rounding to bf16 are
-    one pass over memory (`kernels/adamw`).
+    Other than in megatron-core's own step the number of tokens and the norm of the gradients stay on the device; dividing by the one, clipping by the
+    other, the update and the rounding to bf16 are one pass over memory (`kernels/adamw`).
     """
 
-    def __init__(self, inner: MegatronOptimizer, config: OptimizerConfig) -> None:
+    def __init__(self, inner: MegatronOptimizer, config: OptimizerConfig, groups: ProcessGroupCollection) -> None:
+        self.groups_of_ranks = groups
+        self.num_tokens: Tensor | None = None
         self.chained_optimizers: list[Any] = inner.chained_optimizers
         self.param_groups: list[dict[str, Any]] = inner.param_groups
         self.scale_loss = inner.scale_loss
@@ -57,18 +60,31 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Clip, update and (unless that overlaps with the next forward pass) gather the weights -> the gradients' norm before clipping, fp32 []."""
+        """Update the weights, and gather them unless that overlaps with the next forward pass -> the gradients' norm before clipping, fp32 []."""
         for part in self.chained_optimizers:
             part.prepare_grads()
-        norm = self._grad_norm()
-        scale = None if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        assert self.num_tokens is not None, "step comes after a forward and backward pass"
+        mean = 1.0 / self.num_tokens.float().clamp(min=1.0).squeeze()
+        norm = self._grad_norm() * mean
+        scale = mean if self.clip_grad is None else mean * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for part in self.chained_optimizers:
             part.optimizer.gradient_scale = scale
             part.step_with_ready_grads()
         return norm
 
+    def finish_gradients(self, model: list[Any], num_tokens: Tensor, **kwargs: Any) -> None:
+        """Sum gradients and tokens over all ranks; megatron-core's schedules call it after the last backward pass.
+
+        megatron-core would divide the gradients by the tokens here: a pass over all of them, and a wait for the device.
+        """
+        finalize_model_grads(model, None, **kwargs)
+        pipeline = self.groups_of_ranks.pp
+        dist.broadcast(num_tokens, src=dist.get_process_group_ranks(pipeline)[-1], group=pipeline)  # only the last stage counted
+        dist.all_reduce(num_tokens, group=self.groups_of_ranks.dp_cp)
+        self.num_tokens = num_tokens
+
     def _grad_norm(self) -> Tensor:
-        """Over all ranks, weights that several hold counted once."""
+        """Of the gradients' sums, over all ranks; weights that several hold counted once."""
         device = self.param_groups[0]["params"][0].device
         total = torch.zeros((), dtype=torch.float32, device=device)
         for part in self.chained_optimizers:
@@ -101,7 +117,7 @@ class Optimizer:
             group["step"] = min(steps)
 
 
-def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfig, bf16: bool) -> Optimizer:
+def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfig, mesh: Mesh, bf16: bool) -> Optimizer:
     """The optimizer of wrapped chunks, also tied to them for megatron-core's schedules (gradient scaling and the final reduction)."""
     layers = model[0].config
     settings = optimizer_config(
@@ -116,9 +132,9 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
     # the weights that are updated are the model's own, and gradients of another type are handed over beside them; masters of FP8 weights only
     # megatron-core knows how to round
     settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = not layers.fp8_param
-    optimizer = Optimizer(get_megatron_optimizer(settings, model), config)
+    optimizer = Optimizer(get_megatron_optimizer(settings, model), config, mesh.groups)
     for chunk in model:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = optimizer.finish_gradients
         chunk.config.grad_scale_func = optimizer.scale_loss
     if model[0].ddp_config.overlap_grad_reduce:
         schedule: Any = model[0].config

@@ -69,7 +69,7 @@ def build_both(folder: Path) -> tuple[Callable[[int], float], Callable[[int], fl
     from megatron_prism.config import OptimizerConfig
 
     wrapped = wrap_model(build(model, mesh, BuildOptions(), place), mesh, OptimizerConfig(), overlap=False)
-    engine = Engine(wrapped, build_optimizer(wrapped, OptimizerConfig(lr=1e-3), bf16=False), mesh, place)
+    engine = Engine(wrapped, build_optimizer(wrapped, OptimizerConfig(lr=1e-3), mesh, bf16=False), mesh, place)
 
     (plain,) = build(model, mesh, BuildOptions(), place)
     adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
