@@ -1,10 +1,12 @@
 """Which modules a layer is made of: TransformerEngine's, or megatron-core's parallel linears with our norm and attention; dense and hybrid.
 
-Owns: the module specs, Granite's residual multiplier (through megatron-core's pluggable bias-dropout-add), the hybrid stack.
+Owns: the module specs, Granite's residual multiplier (through megatron-core's pluggable bias-dropout-add), the hybrid stack, and the MLP's
+activation as a module, where the config says use_te_activation_func.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +25,16 @@ from torch import Tensor
 from megatron_prism.engine.attention import CausalAttention, RMSNorm
 from megatron_prism.engine.mamba import mixer_spec
 from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.kernels.mlp_activation import squared_relu, swiglu
 
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
 def bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:
-    """megatron-core's residual + dropout(x + bias), with x and bias times `multiplier`; used by attention, MLP and Mamba alike."""
+    """megatron-core's residual + dropout(x + bias), with x and bias times `multiplier`; used by attention, MLP and Mamba alike.
+
+    Without dropout the multiplier is part of the addition's one pass over memory (alpha).
+    """
     if multiplier == 1.0:
         return get_bias_dropout_add
 
@@ -37,6 +43,8 @@ def bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd
 
         def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             x, bias = x_with_bias
+            if dropout == 0.0 or not training:
+                return torch.add(residual, x if bias is None else x + bias, alpha=multiplier)
             added: Tensor = plain((x * multiplier, None if bias is None else bias * multiplier), residual, dropout)
             return added
 
@@ -97,8 +105,27 @@ def _transformer_layer(model: ModelConfig, config: TransformerConfig, transforme
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
         spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    if config.use_te_activation_func:
+        mlp = spec.submodules.mlp  # megatron-core 0.19 hands it on as a partial
+        (mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules).activation_func = Activation
     spec.submodules.self_attn_bda = spec.submodules.mlp_bda = bias_dropout_add(model.residual_multiplier)
     return spec
+
+
+class Activation(torch.nn.Module):
+    """What megatron-core's MLP calls between its linears, after adding their bias where there is one: our kernel in place of TransformerEngine's."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.gated_linear_unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, 2f] -> [s, b, f], or as wide as it came where it is not gated."""
+        return swiglu(x) if self.gated else squared_relu(x)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing; the MLP asks each of its modules."""
+        return {}
 
 
 def _final_norm(transformer_engine: bool) -> type:

@@ -198,7 +198,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
     plan, dtype = mesh.plan, torch.bfloat16 if options.precision == "bf16" else torch.float32
     on_cuda = device.type == "cuda"
     engine = uses_transformer_engine(options, device)
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -233,7 +233,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         pipeline_dtype=dtype,
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_cuda,
-        bias_activation_fusion=on_cuda and model.is_gated,
+        bias_activation_fusion=on_cuda and model.is_gated and not engine,
         bias_dropout_fusion=on_cuda,
         apply_rope_fusion=on_cuda and engine,
         masked_softmax_fusion=False,
@@ -243,6 +243,9 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         **_recompute_settings(options),
         **_fp8_settings(options, engine),
     )
+    # set late: megatron-core would refuse squared ReLU, which is not among TransformerEngine's activations, but is among ours (`Activation`)
+    config.use_te_activation_func = on_cuda and engine
+    return config
 
 
 def _recompute_settings(options: BuildOptions) -> dict[str, Any]:

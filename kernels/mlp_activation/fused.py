@@ -1,0 +1,94 @@
+"""`swiglu` and `squared_relu` as autograd functions over Triton kernels: each value is read and written once, and x alone is kept.
+
+Owns: what they cannot do (`obstacle`), and rows of one stride out of any x.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK = 1024
+"""columns of one program"""
+WARPS = 4
+"""8 columns a thread: 16 bytes of each 16-bit operand"""
+
+
+def obstacle(x: Tensor) -> str | None:
+    """Why the kernels cannot do this case; None if they can. On the CPU they need Triton's interpreter."""
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are not on CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if x.dtype not in TYPES:
+        return f"the kernel does not compute in {x.dtype}"
+    return None
+
+
+class SwiGLU(torch.autograd.Function):
+    """`swiglu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        """y [..., f] of x [..., 2f]."""
+        from megatron_prism.kernels.mlp_activation import program
+
+        ctx.save_for_backward(x)
+        y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+        _launch(program.swiglu_forward, y.shape[-1], x, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        """dx [..., 2f] of dy [..., f]."""
+        from megatron_prism.kernels.mlp_activation import program
+
+        (x,) = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _launch(program.swiglu_backward, dy.shape[-1], x, dy, dx)
+        return dx
+
+
+class SquaredReLU(torch.autograd.Function):
+    """`squared_relu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        """y [..., f] of x [..., f]."""
+        from megatron_prism.kernels.mlp_activation import program
+
+        ctx.save_for_backward(x)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _launch(program.squared_relu_forward, x.shape[-1], x, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        """dx [..., f] of dy [..., f]."""
+        from megatron_prism.kernels.mlp_activation import program
+
+        (x,) = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _launch(program.squared_relu_backward, x.shape[-1], x, dy, dx)
+        return dx
+
+
+def _launch(kernel: Any, width: int, *tensors: Tensor) -> None:
+    """One program for each row and block of columns, blocks of a row side by side. The last tensor is the output: contiguous, and not x."""
+    if not tensors[-1].numel():
+        return
+    rows = [_rows(tensor) for tensor in tensors]
+    programs = rows[0].shape[0] * -(-width // BLOCK)
+    kernel[(programs,)](*rows, *(tensor.stride(0) for tensor in rows), width, BLOCK=BLOCK, num_warps=WARPS)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[rows, width] of one row stride: a view if there is one, as always of a contiguous tensor, else a copy."""
+    rows = tensor[None] if tensor.dim() == 1 else tensor.flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
