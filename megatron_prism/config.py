@@ -49,7 +49,7 @@ class ParallelConfig(Block):
     num_layers_in_first_pipeline_stage: Positive | None = None
     """layers of the first stage, where pp does not divide them; the stages without such a number share the rest evenly"""
     num_layers_in_last_pipeline_stage: Positive | None = None
-    """layers of the last stage; fewer there make room for the logits"""
+    """layers of the last stage; fewer there make room for the LM head"""
 
     @property
     def model_ranks(self) -> int:

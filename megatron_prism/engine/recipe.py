@@ -14,6 +14,7 @@ from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import layout
 from megatron_prism.planning.fp8 import check_fp8
+from megatron_prism.planning.training import Training
 
 
 class ModelSection(Block):
@@ -118,6 +119,11 @@ class TrainConfig(Block):
     export: ExportSection | None = None
     log: LogConfig = Field(default_factory=LogConfig)
 
+    @property
+    def training(self) -> Training:
+        """What of it planning wants to know."""
+        return Training(self.precision == "bf16", self.recompute, self.recompute_layers, self.optimizer, self.fp8)
+
     @model_validator(mode="after")
     def _precisions_go_together(self) -> "TrainConfig":
         if self.precision != "bf16" and self.fp8 is not None:
@@ -157,12 +163,19 @@ def model_files(cfg: TrainConfig) -> Path:
     return run_folder.resolve(cfg.model.checkpoint) / "hf"
 
 
+def check_model(cfg: TrainConfig, model: ModelConfig, plan: layout.ParallelPlan) -> None:
+    """Settings that this model cannot be trained with under its plan. Errors: UserError."""
+    if cfg.fp8 is not None:
+        check_fp8(model, plan, cfg.data.seq_len, cfg.fp8)
+    if cfg.recompute_layers is not None and model.is_hybrid:
+        raise UserError(f"recompute_layers={cfg.recompute_layers}: a hybrid model recomputes every layer with recompute=full; drop recompute_layers")
+
+
 def check(cfg: TrainConfig, world_size: int) -> tuple[ModelConfig, layout.ParallelPlan]:
     """Everything that can be known to be wrong before torch is imported. Errors: UserError."""
     _, model = families.load(model_files(cfg))
     plan = layout.make_plan(model, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
-    if cfg.fp8 is not None:
-        check_fp8(model, plan, cfg.data.seq_len, cfg.fp8)
+    check_model(cfg, model, plan)
     check_writers(cfg.log)
     blend = cfg.data.blend / "blend.toml" if cfg.data.blend.is_dir() else cfg.data.blend
     if not blend.is_file():

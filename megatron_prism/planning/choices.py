@@ -5,7 +5,7 @@ The order of preference is a rough time of a step, relative to data parallelism 
 then full recomputation (a third more work), then more tensor parallelism; a pipeline last. tp stays within a node of 8, always with sp.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 
 from megatron_prism.config import ParallelConfig
@@ -14,6 +14,7 @@ from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning.flops import flops_per_token, recompute_flops_per_token
 from megatron_prism.planning.layout import ParallelPlan, make_plan
 from megatron_prism.planning.memory import MARGIN, MemoryPlan, memory
+from megatron_prism.planning.training import Training
 
 GPUS_PER_NODE = 8
 TP_DOUBLING = 1.17
@@ -54,12 +55,17 @@ class Choice:
         return f"the quickest that fits: {cut}, {again}"
 
 
-def choices(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int = TOKENS_PER_STEP) -> list[Choice]:
-    """Every layout that the model allows (bf16, micro-batches of one sequence, stages of equal length), the quickest first."""
+def choices(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int = TOKENS_PER_STEP, training: Training | None = None) -> list[Choice]:
+    """Every layout that the model allows (micro-batches of one sequence, stages of equal length), the quickest first.
+
+    training: the types of weights, gradients and states (a bf16 recipe's defaults); its recomputation is what is chosen here.
+    """
+    given = training or Training()
+    kinds = [replace(given, recompute=None, recompute_layers=None), replace(given, recompute="full", recompute_layers=None)]
     found = [
-        Choice(plan, recompute, memory(model, plan, seq_len, True, recompute), _relative_time(model, plan, seq_len, recompute))
+        Choice(plan, kind.recompute, memory(model, plan, seq_len, kind), _relative_time(model, plan, seq_len, kind.recompute))
         for plan in _plans(model, gpus, seq_len, tokens_per_step)
-        for recompute in (None, "full")
+        for kind in kinds
     ]
     return sorted(found, key=lambda choice: choice.relative_time)
 

@@ -5,9 +5,11 @@ from megatron_prism.planning.flops import flops_per_token, forward_flops_by_kind
 from megatron_prism.planning.layout import ParallelPlan
 from megatron_prism.planning.memory import MemoryPlan, memory
 from megatron_prism.planning.parameters import layer_parameters, num_parameters, parameters_by_part
+from megatron_prism.planning.training import Training
 
 __all__ = [
     "MemoryPlan",
+    "Training",
     "describe_run",
     "flops_per_token",
     "forward_flops_by_kind",
@@ -29,19 +31,22 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_BF16_TFLOPS.items() if device_name.startswith(name)), None)
 
 
-def describe_run(model: ModelConfig, plan: ParallelPlan, steps: int, global_batch: int, seq_len: int, bf16: bool, recompute: str | None) -> str:
+def describe_run(model: ModelConfig, plan: ParallelPlan, steps: int, global_batch: int, seq_len: int, training: Training) -> str:
     """The dry run's text: mesh, parameters, bytes per rank by kind, tokens, FLOPs in both conventions and what recomputation adds."""
     tokens = steps * global_batch * seq_len
-    need = memory(model, plan, seq_len, bf16, recompute)
+    need = memory(model, plan, seq_len, training)
     kinds = ", ".join(f"{kind} {readable_bytes(getattr(need, kind))}" for kind in ("weights", "gradients", "optimizer", "activations"))
     causal, full = (flops_per_token(model, seq_len, causal) * tokens for causal in (True, False))
-    extra = recompute_flops_per_token(model, seq_len, recompute) * tokens
-    again = f"recompute={recompute} adds {extra:.3e}, {extra / causal:.0%}" if recompute else "nothing is recomputed"
+    share = training.recomputed_share(plan, model.num_layers)
+    extra = recompute_flops_per_token(model, seq_len, training.recompute, share=share) * tokens
+    layers = f" of {share * model.num_layers:.0f} of {model.num_layers} layers" if training.recompute_layers else ""
+    again = f"recompute={training.recompute}{layers} adds {extra:.3e}, {extra / causal:.0%}" if training.recompute else "nothing is recomputed"
     return "\n".join(
         [
             f"mesh         {plan.describe()}; {plan.num_microbatches} micro-batches of {plan.micro_batch} per step",
             f"parameters   {num_parameters(model):,} ({model.family})",
             f"per rank     {readable_bytes(need.total)} on the fullest: {kinds} (estimate)",
+            f"bytes        {training.describe()}",
             f"tokens       {tokens:,} = {steps:,} steps x {global_batch:,} sequences x {seq_len:,}",
             f"model FLOPs  {causal:.3e} (causal attention), {full:.3e} (full attention); {again}",
             *([f"note         {note}"] if (note := length_note(model, seq_len)) else []),

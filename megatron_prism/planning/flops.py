@@ -38,11 +38,11 @@ def flops_per_token(model: ModelConfig, seq_len: int, causal: bool = True) -> fl
     return 3.0 * sum(forward_flops_by_kind(model, seq_len, causal).values())
 
 
-def recompute_flops_per_token(model: ModelConfig, seq_len: int, recompute: str | None, causal: bool = True) -> float:
-    """FLOPs that recomputation adds to a token: selective repeats the attention cores, full every layer (not the LM head)."""
+def recompute_flops_per_token(model: ModelConfig, seq_len: int, recompute: str | None, causal: bool = True, share: float = 1.0) -> float:
+    """FLOPs that recomputation adds to a token: selective repeats the attention cores, full this share of the layers (not the LM head)."""
     forward = forward_flops_by_kind(model, seq_len, causal)
     if recompute == "full":
-        return sum(forward.values()) - forward[LM_HEAD]
+        return share * (sum(forward.values()) - forward[LM_HEAD])
     return forward[ATTENTION_CORE] if recompute == "selective" else 0.0
 
 

@@ -1,8 +1,9 @@
 """Bytes that a rank holds while training: the fullest pipeline stage of a plan.
 
-Weights, fp32 gradients and the distributed optimizer's share are exact (but for A_log, D and dt_bias of Mamba-2, which stay fp32 in a bf16 model: a
-few KiB a layer). Activations are an estimate: what each kind of layer keeps for its backward pass with fused norms, flash attention and the scan's
-kernels, as in Korthikanti et al. 2022 (arXiv 2205.05198). On one and two H200s the total was met within 3 % (docs/plan.md).
+Weights, gradients and the distributed optimizer's share are exact (but for A_log, D and dt_bias of Mamba-2, which stay fp32 in a bf16 model: a few
+KiB a layer, and for blockwise FP8's scales). Activations are an estimate: what each kind of layer keeps for its backward pass with fused norms, flash
+attention and the scan's kernels, as in Korthikanti et al. 2022 (arXiv 2205.05198), and the LM head's loss by its kernels, a chunk of logits at a
+time. It is about GPUs: on the CPU the loss makes all logits, which is not counted. How near H200s were: docs/plan.md.
 Not counted: the CUDA context, NCCL's buffers, the kernels' workspaces, fragmentation. `MARGIN` is left free for them.
 """
 
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning.layout import ParallelPlan
-from megatron_prism.planning.parameters import layer_parameters, local_bc_size
+from megatron_prism.planning.parameters import layer_parameters, linear_parameters, local_bc_size
+from megatron_prism.planning.training import Training
 
 MARGIN = 0.1
 """share of a device's memory that an estimate must leave free"""
-LOGIT_BYTES = 8
-"""of one logit at the peak, in its backward pass: the logit and its gradient in bf16, its softmax in fp32; or two in fp32"""
+CHUNK_BYTES = 512 * 2**20
+"""most bytes of logits that exist at once (kernels/linear_cross_entropy/head.py)"""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class MemoryPlan:
     """Bytes that one rank holds while training, by kind; the fullest rank of the plan."""
 
     weights: int
+    """with their FP8 copies"""
     gradients: int
     optimizer: int
     activations: int
@@ -37,27 +40,56 @@ class MemoryPlan:
         return self.total <= (1 - MARGIN) * memory_gib * 2**30
 
 
-def memory(model: ModelConfig, plan: ParallelPlan, seq_len: int, bf16: bool, recompute: str | None) -> MemoryPlan:
-    """Bytes on the fullest rank. recompute: None, "selective" or "full".
+def memory(model: ModelConfig, plan: ParallelPlan, seq_len: int, training: Training) -> MemoryPlan:
+    """Bytes on the fullest rank.
 
-    Selective recomputes attention's core, whose inputs and output are kept anyway: with flash attention it frees nothing worth counting.
+    Selective recomputation repeats attention's core, whose inputs and output are kept anyway: with flash attention it frees nothing worth counting.
     """
-    stages = range(plan.pp)
-    return max((_stage_memory(model, plan, stage, seq_len, bf16, recompute) for stage in stages), key=lambda need: need.total)
+    return max((_stage_memory(model, plan, stage, seq_len, training) for stage in range(plan.pp)), key=lambda need: need.total)
 
 
-def _stage_memory(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: int, bf16: bool, recompute: str | None) -> MemoryPlan:
-    symbols = [model.layer_symbols[layer] for layer in plan.stage_layers(model.num_layers)[stage]]
-    weights = sum(layer_parameters(model, symbol, plan.tp) for layer in symbols for symbol in layer) + _end_weights(model, plan, stage)
-    size = 2 if bf16 else 4
-    tokens = seq_len * plan.micro_batch // plan.cp
-    kept = sum(_kept(model, plan, layer, recompute) for layer in symbols)
-    temporary = size * max(_working(model, plan, layer, recompute) for layer in symbols)
+def _stage_memory(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: int, training: Training) -> MemoryPlan:
+    layers = plan.stage_layers(model.num_layers)[stage]
+    symbols = [symbol for layer in layers for symbol in model.layer_symbols[layer]]
+    in_fp8 = [symbol for layer in layers if training.in_fp8(layer, model.num_layers) for symbol in model.layer_symbols[layer]]
+    weights = sum(layer_parameters(model, symbol, plan.tp) for symbol in symbols) + _end_weights(model, plan, stage)
+    copied = sum(linear_parameters(model, symbol, plan.tp) for symbol in in_fp8)
+    return MemoryPlan(
+        weights * training.value_bytes + copied * training.fp8_weight_bytes,
+        weights * training.gradient_bytes,
+        weights * training.state_bytes // (plan.dp * plan.cp),
+        _activations(model, plan, stage, seq_len, training),
+    )
+
+
+def _activations(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: int, training: Training) -> int:
+    """The largest of three: during the loss, during the backward pass of the layers that keep their values, of those that run again.
+
+    The latter come first in their chunk, so their backward pass comes last, when the others' values are gone.
+    """
+    layers = [_layer(model, plan, layer, training) for layer in plan.stage_layers(model.num_layers)[stage]]
+    per_chunk, tokens = len(layers) // plan.num_chunks, seq_len * plan.micro_batch // plan.cp
+    again = [layer for position, layer in enumerate(layers) if training.is_recomputed(position % per_chunk)]
+    whole = [layer for position, layer in enumerate(layers) if not training.is_recomputed(position % per_chunk)]
+    inputs = len(again) * training.value_bytes * (model.hidden_size // _sequence_cut(plan))
+    kept = (inputs + sum(layer.values for layer in whole)) * _in_flight(plan, stage)
+    peaks = [tokens * (kept + max((layer.gradient for layer in whole), default=0))]
+    if again:
+        gone = sum(layer.values for layer in whole) / plan.num_chunks
+        peaks.append(tokens * (kept - gone + max(layer.values + layer.gradient for layer in again)))
     if stage == plan.pp - 1:
-        temporary = max(temporary, LOGIT_BYTES * plan.padded_vocab_size // plan.tp)
-    activations = int(tokens * (kept * size * _in_flight(plan, stage) + temporary))
-    per_weight = 12 if bf16 else 8
-    return MemoryPlan(weights * size, weights * 4, weights * per_weight // (plan.dp * plan.cp), activations)
+        peaks.append(tokens * kept + _loss(model, plan, tokens, training))
+    return int(max(peaks))
+
+
+def _loss(model: ModelConfig, plan: ParallelPlan, tokens: int, training: Training) -> int:
+    """Bytes of the LM head's loss: its gradient of the hidden states (under sp beside the gathered states), and the larger of two that do not meet.
+
+    A chunk of logits in the forward pass, where the weight's gradient is added to DDP's buffer; in the backward pass autograd's copy of it, a dummy.
+    """
+    size, rows = training.value_bytes, plan.padded_vocab_size // plan.tp
+    states = tokens * model.hidden_size * size * (2 if plan.sp else 1)
+    return states + max(min(CHUNK_BYTES, tokens * rows * size), rows * model.hidden_size * size)
 
 
 def _end_weights(model: ModelConfig, plan: ParallelPlan, stage: int) -> int:
@@ -76,45 +108,52 @@ def _in_flight(plan: ParallelPlan, stage: int) -> float:
     return min(chunks / plan.vpp, plan.num_microbatches)
 
 
-def _kept(model: ModelConfig, plan: ParallelPlan, symbols: str, recompute: str | None) -> int:
-    """Values per token that one layer keeps for its backward pass: all of it, or its input alone where it is recomputed."""
-    if recompute == "full":
-        return model.hidden_size // _sequence_cut(plan)
-    return sum(_activation_values(model, plan, symbol) for symbol in symbols)
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes per token of one layer."""
+
+    values: int
+    """computed forward, needed backward"""
+    gradient: int
+    """its widest, which exists for a moment"""
 
 
-def _working(model: ModelConfig, plan: ParallelPlan, symbols: str, recompute: str | None) -> int:
-    """Values per token that exist only while one layer's backward pass runs: its widest gradient, and what was recomputed."""
-    again = sum(_activation_values(model, plan, symbol) for symbol in symbols) if recompute == "full" else 0
-    return again + max(_widest(model, plan.tp, symbol) for symbol in symbols)
+def _layer(model: ModelConfig, plan: ParallelPlan, layer: int, training: Training) -> _Layer:
+    symbols, fp8, size = model.layer_symbols[layer], training.in_fp8(layer, model.num_layers), training.value_bytes
+    values = 0
+    for symbol in symbols:
+        plain, of_linear, shared = _activation_values(model, plan, symbol)
+        values += size * plain + ((of_linear + shared) if fp8 else size * of_linear)
+    return _Layer(values, max(_gradient_bytes(model, plan.tp, symbol, size) for symbol in symbols))
 
 
-def _activation_values(model: ModelConfig, plan: ParallelPlan, symbol: str) -> int:
-    """Values per token that a layer of a kind computes and its backward pass needs.
+def _activation_values(model: ModelConfig, plan: ParallelPlan, symbol: str) -> tuple[int, int, int]:
+    """Values per token that a layer of a kind keeps: plain ones; inputs of linear layers, FP8 where they are; plain ones that are such inputs too.
 
-    Each: the norm's input and output. Attention: q, k, v (also rotated), its output. MLP: fc1's output, fc2's input. Mamba-2: in_proj's output, the
-    convolution's, the scan's, the gated norm's.
+    Each: the norm's input and its output (an input). Attention: q, k, v (also rotated), its output (plain and an input). MLP: fc1's output, fc2's
+    input. Mamba-2: in_proj's output, the convolution's, the scan's, the gated norm's (an input).
     """
-    around = 2 * model.hidden_size // _sequence_cut(plan)
+    hidden = model.hidden_size // _sequence_cut(plan)
     if symbol == "*":
         rotated = model.query_size + model.kv_size if model.position_embedding == "rope" else 0
-        return around + (2 * model.query_size + 2 * model.kv_size + rotated) // plan.tp
+        return hidden + (2 * model.query_size + 2 * model.kv_size + rotated) // plan.tp, hidden, model.query_size // plan.tp
     if symbol == "-":
-        return around + (3 if model.is_gated else 2) * model.ffn_hidden_size // plan.tp
+        return hidden + (2 if model.is_gated else 1) * model.ffn_hidden_size // plan.tp, hidden + model.ffn_hidden_size // plan.tp, 0
     mamba = model.mamba
     assert mamba is not None
-    return around + (5 * mamba.d_inner + mamba.num_heads) // plan.tp + 2 * local_bc_size(model, plan.tp)
+    plain = (4 * mamba.d_inner + mamba.num_heads) // plan.tp + 2 * local_bc_size(model, plan.tp)
+    return hidden + plain, hidden + mamba.d_inner // plan.tp, 0
 
 
-def _widest(model: ModelConfig, tp: int, symbol: str) -> int:
-    """Values per token of the widest gradient; for Mamba-2 also the states of all chunks and their gradients, in fp32."""
+def _gradient_bytes(model: ModelConfig, tp: int, symbol: str, size: int) -> int:
+    """Bytes per token of the widest gradient; for Mamba-2 also the states of all chunks and their gradients, in fp32."""
     if symbol == "*":
-        return (model.query_size + 2 * model.kv_size) // tp
+        return size * (model.query_size + 2 * model.kv_size) // tp
     if symbol == "-":
-        return (2 if model.is_gated else 1) * model.ffn_hidden_size // tp
+        return size * (2 if model.is_gated else 1) * model.ffn_hidden_size // tp
     mamba = model.mamba
     assert mamba is not None
-    return (mamba.in_proj_size + 4 * mamba.d_inner * mamba.state_dim // mamba.chunk_size) // tp
+    return (size * mamba.in_proj_size + 8 * mamba.d_inner * mamba.state_dim // mamba.chunk_size) // tp
 
 
 def _sequence_cut(plan: ParallelPlan) -> int:

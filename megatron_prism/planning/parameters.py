@@ -21,6 +21,17 @@ def layer_parameters(model: ModelConfig, symbol: str, tp: int = 1) -> int:
     return {"*": _attention, "-": _mlp, "M": _mamba}[symbol](model, tp) + model.hidden_size
 
 
+def linear_parameters(model: ModelConfig, symbol: str, tp: int = 1) -> int:
+    """Weights of one layer's linear projections, biases left out, on one of tp ranks."""
+    if symbol == "*":
+        return model.hidden_size * (2 * model.query_size + 2 * model.kv_size) // tp
+    if symbol == "-":
+        return model.hidden_size * (3 if model.is_gated else 2) * model.ffn_hidden_size // tp
+    mamba = model.mamba
+    assert mamba is not None
+    return model.hidden_size * ((3 * mamba.d_inner + mamba.num_heads) // tp + local_bc_size(model, tp))
+
+
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Parameters of the whole model by part: a tied embedding once, vocabulary padding left out; a Mamba-2 mixer with its gated norm."""
     counts = layer_counts(model)

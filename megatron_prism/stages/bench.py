@@ -35,7 +35,7 @@ def dry_run(cfg: Config) -> None:
             train = case.train
             sides = case.options.baselines if isinstance(case.options.baselines, str) else ", ".join(case.options.baselines)
             print(f"case         {case.name}: {case.options.warmup} + {case.options.steps} steps; baselines: {sides or 'none'}")
-            print(cost.describe_run(case.model, case.plan, 1, train.global_batch, train.data.seq_len, train.precision == "bf16", train.recompute))
+            print(cost.describe_run(case.model, case.plan, 1, train.global_batch, train.data.seq_len, train.training))
             print()
 
 

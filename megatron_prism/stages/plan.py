@@ -20,8 +20,9 @@ from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import choices, cost, layout, parameters
 
-BYTES_PER_PARAMETER = {"weights": 2, "gradients": 4, "optimizer": 12}
-"""of a bf16 run: fp32 gradients; fp32 master weights and two moments"""
+DEFAULTS = cost.Training()
+BYTES_PER_PARAMETER = {"weights": DEFAULTS.value_bytes, "gradients": DEFAULTS.gradient_bytes, "optimizer": DEFAULTS.state_bytes}
+"""of a bf16 run with a recipe's defaults"""
 
 
 def run(target: str, overrides: Sequence[str], model: str | None, gpus: int | None, memory_gib: float | None, seq_len: int | None) -> None:
@@ -61,11 +62,10 @@ def find_model(target: str) -> ModelConfig:
 def describe_recipe(path: Path, overrides: Sequence[str], model: str | None, gpus: int | None, memory_gib: float | None, seq_len: int | None) -> str:
     """The dry run of a training recipe, and whether it fits; the model's checkpoint and the data need not exist yet when `model` names the shape."""
     cfg, shape, plan = plan_recipe(path, overrides, model, gpus, seq_len)
-    bf16 = cfg.precision == "bf16"
-    text = cost.describe_run(shape, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, bf16, cfg.recompute)
+    text = cost.describe_run(shape, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training)
     if memory_gib is None:
         return text
-    return f"{text}\nmemory       {choices.verdict(cost.memory(shape, plan, cfg.data.seq_len, bf16, cfg.recompute), memory_gib)}"
+    return f"{text}\nmemory       {choices.verdict(cost.memory(shape, plan, cfg.data.seq_len, cfg.training), memory_gib)}"
 
 
 def plan_recipe(
@@ -77,7 +77,9 @@ def plan_recipe(
     cfg = validate(table, recipe.TrainConfig, where=str(path))
     shape = find_model(model) if model is not None else _recipe_model(cfg)
     world_size = gpus or int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
-    return cfg, shape, layout.make_plan(shape, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
+    plan = layout.make_plan(shape, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
+    recipe.check_model(cfg, shape, plan)
+    return cfg, shape, plan
 
 
 def _fill_paths(table: dict[str, Any], model: str | None, path: Path) -> None:

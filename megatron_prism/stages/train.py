@@ -19,7 +19,7 @@ def dry_run(cfg: TrainConfig) -> None:
     """Print mesh, parameters, bytes per rank by kind, tokens and FLOPs; for the ranks of this launch (WORLD_SIZE), else the fewest that fit."""
     world_size = int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
     model, plan = check(cfg, world_size)
-    print(cost.describe_run(model, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.precision == "bf16", cfg.recompute))
+    print(cost.describe_run(model, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training))
 
 
 def run(cfg: TrainConfig) -> Path:

@@ -2,7 +2,9 @@
 
 from paper_models import GRANITE_4_H_MICRO, LLAMA_8B, MISTRAL_24B, NEMOTRON_H_8B
 
+from megatron_prism.config import Fp8Config, OptimizerConfig
 from megatron_prism.planning.choices import choices, recommended, verdict
+from megatron_prism.planning.training import Training
 
 
 def taken(model, gpus: int, memory_gib: float, seq_len: int = 8192) -> str | None:
@@ -14,7 +16,8 @@ def test_data_parallelism_comes_first_then_a_little_tp_then_recomputation_then_m
     assert taken(LLAMA_8B, 8, 141) == "parallel.tp=1 parallel.sp=false parallel.pp=1 recompute=none"
     assert taken(LLAMA_8B, 8, 80) == "parallel.tp=2 parallel.sp=true parallel.pp=1 recompute=none"
     assert taken(GRANITE_4_H_MICRO, 8, 80, 32768) == "parallel.tp=1 parallel.sp=false parallel.pp=1 recompute=full"
-    assert taken(NEMOTRON_H_8B, 8, 80, 16384) == "parallel.tp=4 parallel.sp=true parallel.pp=1 recompute=none"
+    assert taken(NEMOTRON_H_8B, 8, 80, 16384) == "parallel.tp=1 parallel.sp=false parallel.pp=1 recompute=full"
+    assert taken(NEMOTRON_H_8B, 8, 80, 32768) == "parallel.tp=4 parallel.sp=true parallel.pp=1 recompute=none"
 
 
 def test_what_is_taken_fits_and_everything_quicker_does_not():
@@ -25,6 +28,20 @@ def test_what_is_taken_fits_and_everything_quicker_does_not():
     quicker = found[: found.index(best)]
     assert quicker
     assert not any(choice.need.fits(80) for choice in quicker)
+
+
+def test_smaller_states_and_fp8_weights_make_room_for_quicker_layouts():
+    """On two GPUs of 141 GB the states of 8 B parameters leave no room for 32 layers' activations, unless the states are small."""
+    compact = OptimizerConfig(gradients="bf16", moments="bf16", split_master=True)
+    found = {name: recommended(choices(LLAMA_8B, 2, 8192, training=training), 141) for name, training in {
+        "default": Training(),
+        "compact": Training(optimizer=compact),
+        "fp8": Training(optimizer=compact, fp8=Fp8Config(), recompute="full", recompute_layers=3),
+    }.items()}  # fmt: skip
+    assert (found["default"].plan.tp, found["default"].recompute) == (2, None)
+    assert (found["compact"].plan.tp, found["compact"].recompute) == (1, None)
+    assert (found["fp8"].plan.tp, found["fp8"].recompute) == (1, None)  # what it recomputed before is not asked
+    assert found["fp8"].need.weights > found["compact"].need.weights
 
 
 def test_nothing_is_taken_when_nothing_fits():
@@ -46,5 +63,5 @@ def test_a_layout_that_the_model_does_not_allow_is_not_offered():
 
 def test_the_verdict_says_the_figures_and_the_rule():
     need = choices(LLAMA_8B, 8, 8192)[0].need
-    assert verdict(need, 141) == "fits: 100.4 GiB of 141 GiB, of which 126.9 may be planned"
-    assert verdict(need, 80) == "does not fit: 100.4 GiB of 80 GiB, of which 72.0 may be planned"
+    assert verdict(need, 141) == "fits: 93.6 GiB of 141 GiB, of which 126.9 may be planned"
+    assert verdict(need, 80) == "does not fit: 93.6 GiB of 80 GiB, of which 72.0 may be planned"

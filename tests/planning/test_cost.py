@@ -1,5 +1,6 @@
 """Counts against published figures and against transformers: parameters of every family, whole and on one rank; and the text of a dry run."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,8 @@ from paper_models import BILLIONS, GRANITE_4_H_MICRO, LLAMA_8B, NEMOTRON_H_8B
 from tiny_models import TINY
 
 from megatron_prism import families
-from megatron_prism.config import ParallelConfig
-from megatron_prism.planning.cost import describe_run, layer_parameters, num_parameters, parameters_by_part, peak_tflops
+from megatron_prism.config import Fp8Config, OptimizerConfig, ParallelConfig
+from megatron_prism.planning.cost import Training, describe_run, layer_parameters, num_parameters, parameters_by_part, peak_tflops
 from megatron_prism.planning.layout import make_plan
 
 
@@ -72,13 +73,26 @@ def test_ranks_that_outnumber_the_groups_each_hold_all_of_b_and_c():
 
 def test_dry_run_text_has_mesh_tokens_and_both_flop_conventions():
     plan = make_plan(LLAMA_8B, ParallelConfig(tp=2, sp=True, pp=4), world_size=128, seq_len=8192, global_batch=128, micro_batch=1)
-    text = describe_run(LLAMA_8B, plan, 25_000, 128, 8192, bf16=True, recompute="full")
+    text = describe_run(LLAMA_8B, plan, 25_000, 128, 8192, Training(recompute="full"))
     assert "128 ranks: tp=2 sp pp=4 cp=1 dp=16" in text
     assert "8,030,261,248" in text
     assert "26,214,400,000" in text
     assert "causal attention" in text
     assert "full attention" in text
     assert "recompute=full adds" in text
+    assert "2 a weight, 4 a gradient, 12 of optimizer over the data-parallel ranks" in text
+
+
+def test_dry_run_text_follows_the_types_of_the_states_fp8_and_the_layers_that_run_again():
+    plan = make_plan(LLAMA_8B, ParallelConfig(pp=4), world_size=4, seq_len=8192, global_batch=128, micro_batch=1)
+    compact = OptimizerConfig(gradients="bf16", moments="bf16", split_master=True)
+    training = Training(recompute="full", recompute_layers=3, optimizer=compact, fp8=Fp8Config())
+    text = describe_run(LLAMA_8B, plan, 25_000, 128, 8192, training)
+    assert "2 a weight (and 2 of FP8 copies in the layers), 2 a gradient, 6 of optimizer" in text
+    assert "recompute=full of 12 of 32 layers adds" in text
+    whole = describe_run(LLAMA_8B, plan, 25_000, 128, 8192, Training(recompute="full"))
+    added = [float(re.search(r"adds ([\d.e+]+),", words)[1]) for words in (text, whole)]
+    assert added[0] / added[1] == pytest.approx(12 / 32, rel=1e-3)
 
 
 def test_peaks_are_known_by_device_name():

@@ -120,3 +120,4 @@ def test_recomputation_is_told_apart():
         assert recompute_flops_per_token(model, 8192, "full") == pytest.approx(
             flops_per_token(model, 8192) / 3 - 2 * model.hidden_size * model.vocab_size
         )
+        assert recompute_flops_per_token(model, 8192, "full", share=0.25) == recompute_flops_per_token(model, 8192, "full") / 4

@@ -1,36 +1,56 @@
-"""Bytes by kind: exact where they are exact, and the total against what H200s reported (docs/benchmarks.md; bare megatron-core where said)."""
+"""Bytes by kind: exact where they are exact, and the total against what H200s reported (docs/plan.md; bare megatron-core where said)."""
 
 from dataclasses import replace
 
 import pytest
 from paper_models import GRANITE_4_H_MICRO, LLAMA_8B, NEMOTRON_H_8B
 
-from megatron_prism.config import ParallelConfig
+from megatron_prism.config import Fp8Config, OptimizerConfig, ParallelConfig
 from megatron_prism.families.model_config import ModelConfig
-from megatron_prism.planning.cost import MemoryPlan, memory, num_parameters
+from megatron_prism.planning.cost import MemoryPlan, Training, memory, num_parameters
 from megatron_prism.planning.layout import make_plan
+from megatron_prism.planning.memory import CHUNK_BYTES
+from megatron_prism.planning.parameters import linear_parameters
 
 LLAMA_8_LAYERS = replace(LLAMA_8B, num_layers=8, vocab_size=32000)
 HYBRID_13_LAYERS = replace(NEMOTRON_H_8B, num_layers=13, hybrid_layer_pattern="M-M-M-M*-M-M-", vocab_size=32000)
 
 
-def need(model: ModelConfig, world_size: int = 8, recompute: str | None = None, bf16: bool = True, batch: int = 8, **parallel: object) -> MemoryPlan:
+COMPACT = OptimizerConfig(moments="bf16", split_master=True)
+
+
+def need(
+    model: ModelConfig, world_size: int = 8, training: Training | None = None, batch: int = 8, recompute: str | None = None, **parallel: object
+) -> MemoryPlan:
     plan = make_plan(model, ParallelConfig(**parallel), world_size, 8192, global_batch=batch, micro_batch=1)
-    return memory(model, plan, 8192, bf16, recompute)
+    return memory(model, plan, 8192, training or Training(recompute=recompute))
 
 
 @pytest.mark.parametrize(
-    ("model", "world_size", "parallel", "gib"),
+    ("model", "gpus", "training", "parallel", "gib"),
     [
-        (LLAMA_8_LAYERS, 1, {}, 44.8),
-        (LLAMA_8_LAYERS, 2, {}, 33.6),
-        # bare megatron-core with TransformerEngine's cross-entropy, which keeps a logit's 2 bytes where ours takes 8
-        (LLAMA_8_LAYERS, 2, {"tp": 2, "sp": True}, 21.8 + 8192 * 16000 * 6 / 2**30),
-        (HYBRID_13_LAYERS, 1, {}, 44.5 + 8192 * 32000 * 6 / 2**30),
+        (LLAMA_8_LAYERS, 1, Training(), {}, 43.3),
+        (LLAMA_8_LAYERS, 1, Training(optimizer=COMPACT), {}, 32.1),
+        (LLAMA_8_LAYERS, 1, Training(fp8=Fp8Config()), {}, 45.2),
+        # bare megatron-core, whose cross-entropy keeps 2 bytes a logit: with 32,000 of them a chunk of ours
+        (LLAMA_8_LAYERS, 1, Training(), {}, 43.2),
+        (LLAMA_8_LAYERS, 1, Training(fp8=Fp8Config(recipe="delayed")), {}, 45.3),
+        (LLAMA_8_LAYERS, 1, Training(fp8=Fp8Config(recipe="blockwise")), {}, 45.1),
+        (LLAMA_8_LAYERS, 1, Training(fp8=Fp8Config(params=True)), {}, 41.8),
+        (LLAMA_8_LAYERS, 2, Training(), {"tp": 2, "sp": True}, 21.8),
+        (HYBRID_13_LAYERS, 1, Training(), {}, 44.5),
+        (HYBRID_13_LAYERS, 1, Training(fp8=Fp8Config()), {}, 46.1),
+        (LLAMA_8B, 2, Training(recompute="full", recompute_layers=12), {}, 115.0),
     ],
 )
-def test_the_estimate_is_what_h200s_used(model, world_size, parallel, gib):
-    assert need(model, world_size, **parallel).total / 2**30 == pytest.approx(gib, rel=0.03)
+def test_the_estimate_is_what_h200s_used(model, gpus, training, parallel, gib):
+    assert need(model, gpus, training, **parallel).total / 2**30 == pytest.approx(gib, rel=0.015)
+
+
+def test_the_estimate_of_fp8_with_compact_states_is_below_what_an_h200_used_after_another_fp8_case():
+    """Measured in the process of the case before it, whose FP8 copies of the weights (3.2 GiB) seem to have been there still: an upper bound."""
+    found = need(LLAMA_8_LAYERS, 1, Training(fp8=Fp8Config(), optimizer=COMPACT))
+    assert 37.2 - 3.3 < found.total / 2**30 < 37.2
 
 
 def test_state_is_counted_exactly_by_kind():
@@ -38,8 +58,58 @@ def test_state_is_counted_exactly_by_kind():
     found = need(LLAMA_8B, recompute="full")
     assert (found.weights, found.gradients, found.optimizer) == (2 * weights, 4 * weights, 12 * weights // 8)
     assert found.total == found.weights + found.gradients + found.optimizer + found.activations
-    fp32 = need(LLAMA_8B, bf16=False)
+    fp32 = need(LLAMA_8B, training=Training(bf16=False))
     assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * weights, 4 * weights, 8 * weights // 8)
+    compact = need(LLAMA_8B, training=Training(optimizer=OptimizerConfig(gradients="bf16", moments="bf16", split_master=True)))
+    assert (compact.weights, compact.gradients, compact.optimizer) == (2 * weights, 2 * weights, 6 * weights // 8)
+
+
+def test_fp8_copies_two_bytes_of_the_layers_linear_weights_or_takes_the_place_of_their_own_two():
+    linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    plain = need(LLAMA_8B)
+    assert need(LLAMA_8B, training=Training(fp8=Fp8Config())).weights == plain.weights + 2 * linear
+    params = need(LLAMA_8B, training=Training(fp8=Fp8Config(params=True), optimizer=COMPACT))
+    assert params.weights == plain.weights
+    assert params.optimizer == 8 * num_parameters(LLAMA_8B) // 8  # whole masters
+    half = Fp8Config(bf16_layers_at_start=10, bf16_layers_at_end=6)
+    assert need(LLAMA_8B, training=Training(fp8=half)).weights == plain.weights + linear
+    assert num_parameters(NEMOTRON_H_8B) * 0.85 < sum(linear_parameters(NEMOTRON_H_8B, s) for s in NEMOTRON_H_8B.hybrid_layer_pattern) < 8.1e9
+
+
+def test_fp8_keeps_less_for_the_backward_pass_except_of_attention():
+    for model in (LLAMA_8B, NEMOTRON_H_8B, GRANITE_4_H_MICRO):
+        assert 0.8 < need(model, training=Training(fp8=Fp8Config())).activations / need(model).activations < 0.95
+
+
+def test_recomputing_some_layers_lies_between_none_and_all():
+    found = [need(LLAMA_8B, training=Training(recompute="full", recompute_layers=layers)).activations for layers in (1, 12, 31, 32)]
+    assert need(LLAMA_8B).activations > found[0] > found[1] > found[2]
+    assert found[3] == need(LLAMA_8B, recompute="full").activations
+    each = 2 * 8192 * (4 * 4096 + 3 * 4096 + 3 * 1024 + 3 * 14336 - 4096 + 1024)  # what the layers 2 to 12 stop keeping, beyond their inputs
+    assert found[0] - found[1] == pytest.approx(11 * each, rel=0.05)
+
+
+def test_recomputed_layers_are_counted_in_each_stage_and_chunk():
+    training = Training(recompute="full", recompute_layers=3)
+    for parallel, share in (({}, 3 / 32), ({"pp": 4}, 12 / 32), ({"pp": 4, "vpp": 2}, 24 / 32), ({"pp": 4, "vpp": 4}, 1.0)):
+        plan = make_plan(LLAMA_8B, ParallelConfig(**parallel), 4, 8192, global_batch=16, micro_batch=1)
+        assert training.recomputed_share(plan, 32) == share
+    assert Training().recomputed_share(plan, 32) == 0
+
+
+def test_the_loss_takes_a_chunk_of_logits_however_many_there_are():
+    """One layer, so that nothing else reaches it; the LM head's gradient in bf16 where that is larger than the chunk."""
+    narrow = replace(LLAMA_8B, num_layers=1, ffn_hidden_size=1024)
+    found = {size: need(replace(narrow, vocab_size=size)).activations for size in (8192, 32768, 65536, 131072)}
+    assert found[32768] - found[8192] == 2**29 - 8192 * 8192 * 2
+    assert found[65536] == found[32768]
+    assert found[131072] - found[65536] == 131072 * 4096 * 2 - CHUNK_BYTES
+
+
+def test_a_chunk_is_the_kernels():
+    from megatron_prism.kernels.linear_cross_entropy import head
+
+    assert head.CHUNK_BYTES == CHUNK_BYTES
 
 
 def test_recompute_and_sequence_parallelism_lower_the_activations():
@@ -58,10 +128,9 @@ def test_a_pipelines_stages_hold_the_model_once():
         assert need(model, 2, batch=1, pp=2).weights <= num_parameters(model) + 2 * (table + extra)
 
 
-def test_a_shorter_last_stage_makes_room_for_the_logits():
-    even = need(LLAMA_8B, 4, batch=1, pp=4, recompute="full")
-    last_is_short = need(LLAMA_8B, 4, batch=1, pp=4, recompute="full", num_layers_in_last_pipeline_stage=5)
-    assert last_is_short.total < even.total
+def test_shorter_ends_make_room_for_the_embedding_and_the_lm_head():
+    ends = {"num_layers_in_first_pipeline_stage": 7, "num_layers_in_last_pipeline_stage": 7}
+    assert need(LLAMA_8B, 4, batch=1, pp=4, recompute="full", **ends).total < need(LLAMA_8B, 4, batch=1, pp=4, recompute="full").total
 
 
 def test_the_first_stage_keeps_a_micro_batch_for_each_stage_after_it():

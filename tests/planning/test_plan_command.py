@@ -44,7 +44,7 @@ def test_a_models_plan_has_parts_pattern_flops_and_bytes(capsys):
 def test_a_layout_that_fits_is_recommended_with_its_overrides(capsys):
     text = plan(capsys, "llama-3.1-8b", gpus=8, memory=80.0)
     assert "take     parallel.tp=2 parallel.sp=true parallel.pp=1 recompute=none" in text
-    assert "fits: 55.8 GiB of 80 GiB" in text
+    assert "fits: 52.5 GiB of 80 GiB" in text
     assert "nothing fits 1 GPU of 80 GiB" in plan(capsys, "llama-3.1-8b", gpus=1, memory=80.0)
 
 
@@ -61,6 +61,23 @@ def test_a_recipe_is_planned_before_its_checkpoint_and_data_exist():
     assert "memory       fits: " in text
     assert "does not fit" in describe_recipe(GRANITE, [], "granite-3.3-8b-base", 8, 40.0, None)
     assert "x 4,096" in describe_recipe(GRANITE, ["global_batch=256"], "granite-3.3-8b-base", 8, None, 4096)
+
+
+def test_a_recipes_optimizer_fp8_and_recomputation_change_its_plan():
+    compact = ["optimizer.gradients=bf16", "optimizer.moments=bf16", "optimizer.split_master=true"]
+
+    def figures(*overrides: str, model: str = "granite-3.3-8b-base") -> str:
+        text = describe_recipe(GRANITE, overrides, model, 8, None, None)
+        return text[text.index("per rank") : text.index("tokens ")] + text[text.index("model FLOPs") :]
+
+    texts = [figures(), figures(*compact), figures("fp8.recipe=delayed"), figures("recompute=full"), figures("recompute=full", "recompute_layers=10")]
+    assert len(set(texts)) == 5
+    assert "2 a weight, 2 a gradient, 6 of optimizer" in texts[1]
+    assert "recompute=full of 10 of 40 layers adds" in texts[4]
+    with pytest.raises(UserError, match="with tp=8 these are not"):
+        figures("fp8.recipe=tensorwise", "parallel.tp=8", model="granite-4.0-h-micro-base")
+    with pytest.raises(UserError, match="recompute_layers=10: a hybrid model recomputes every layer"):
+        figures("recompute=full", "recompute_layers=10", model="granite-4.0-h-micro-base")
 
 
 def test_a_recipe_of_a_pipeline_needs_no_paths_for_its_plan():

@@ -1,0 +1,62 @@
+"""What of a training recipe decides its bytes and its repeated work: precision, recomputation, the types of the optimizer's states, FP8."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_prism.config import Fp8Config, OptimizerConfig
+from megatron_prism.planning.layout import ParallelPlan
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings; the defaults are a recipe's."""
+
+    bf16: bool = True
+    recompute: Literal["selective", "full"] | None = None
+    recompute_layers: int | None = None
+    """with recompute="full": the first so many layers of each stage (chunk, with vpp); None: all"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fp8: Fp8Config | None = None
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of a weight's gradient."""
+        return 2 if self.bf16 and self.optimizer.gradients == "bf16" else 4
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a weight's master and moments. fp32 weights are their own masters; megatron-core holds the masters beside FP8 weights, whole."""
+        if not self.bf16:
+            return 8
+        if self.fp8 is not None and self.fp8.params:
+            return 4 + (4 if self.optimizer.moments == "bf16" else 8)
+        return self.optimizer.state_bytes
+
+    @property
+    def fp8_weight_bytes(self) -> int:
+        """Of an FP8 layer's linear weight beyond `value_bytes`: its copy and the transpose; with fp8.params they take the bf16 weight's place."""
+        return 0 if self.fp8 is None or self.fp8.params else 2
+
+    def in_fp8(self, layer: int, num_layers: int) -> bool:
+        """Whether a layer (from 0) multiplies in FP8."""
+        return self.fp8 is not None and self.fp8.bf16_layers_at_start <= layer < num_layers - self.fp8.bf16_layers_at_end
+
+    def is_recomputed(self, position: int) -> bool:
+        """Whether the layer at a position (from 0) of its chunk runs again in the backward pass, whole."""
+        return self.recompute == "full" and (self.recompute_layers is None or position < self.recompute_layers)
+
+    def recomputed_share(self, plan: ParallelPlan, num_layers: int) -> float:
+        """Share of all layers that run again."""
+        chunks = [len(layers) // plan.num_chunks for layers in plan.stage_layers(num_layers)]
+        return plan.num_chunks * sum(self.is_recomputed(position) for size in chunks for position in range(size)) / num_layers
+
+    def describe(self) -> str:
+        """Bytes of a weight by kind, in words."""
+        copies = " (and 2 of FP8 copies in the layers)" if self.fp8_weight_bytes else ""
+        fp8 = " (FP8 and its transpose in the layers)" if self.fp8 is not None and self.fp8.params else copies
+        return f"{self.value_bytes} a weight{fp8}, {self.gradient_bytes} a gradient, {self.state_bytes} of optimizer over the data-parallel ranks"
