@@ -55,7 +55,7 @@ def test_the_schedule_is_the_papers(folder, name):
 def test_smollm3_is_the_handbooks():
     """alignment-handbook, recipes/smollm3/sft/mid.yaml: 128 sequences of 32,768, 3 % warm-up, a twentieth of the run between saves."""
     cfg, _, _ = plan_recipe(EXAMPLES / SMOLLM3 / "train.toml", [], published_model(SMOLLM3), gpus=64)
-    assert (cfg.data.seq_len, cfg.global_batch, cfg.recompute) == (32768, 128, "full")
+    assert (cfg.data.seq_len, cfg.global_batch) == (32768, 128)
     assert (cfg.optimizer.lr, cfg.optimizer.clip_grad, cfg.schedule.kind, cfg.schedule.final_lr_fraction) == (2e-5, 0.2, "cosine", 0.1)
     assert cfg.schedule.warmup_steps == round(0.03 * cfg.steps)
     assert cfg.checkpoint.save_interval == round(0.05 * cfg.steps)
@@ -69,10 +69,10 @@ def test_each_layout_needs_what_stands_beside_it_and_is_the_one_that_the_planner
     assert [size for size, *_ in layouts] == ["80", "141"]
     for size, words, gib, too_large in layouts:
         cfg, model, plan = plan_recipe(path, [] if words == "as written" else words.split(), published_model(folder), gpus=8)
-        need = cost.memory(model, plan, cfg.data.seq_len, True, cfg.recompute)
+        need = cost.memory(model, plan, cfg.data.seq_len, cfg.training)
         assert f"{need.total / 2**30:.1f}" == gib
         assert need.total / 2**30 <= 0.9 * float(size)
-        found = choices.choices(model, 8, cfg.data.seq_len, cfg.global_batch * cfg.data.seq_len)
+        found = choices.choices(model, 8, cfg.data.seq_len, cfg.global_batch * cfg.data.seq_len, cfg.training)
         best = choices.recommended(found, float(size))
         assert best is not None
         assert (plan, cfg.recompute) == (best.plan, best.recompute)
