@@ -89,13 +89,13 @@ class OptimizerConfig(Block):
 
 
 class Fp8Config(Block):
-    """Matrix products of the layers' linear projections in FP8; the rest (embedding, LM head, norms, attention, Mamba's convolution and scan) in bf16.
+    """Matrix products of the layers' linear projections in FP8, the rest in bf16: embedding, LM head, norms, attention, Mamba's convolution and scan.
 
     Hopper and newer, with TransformerEngine. Weights, gradients and optimizer states stay as without it, unless `params`.
     """
 
     recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
-    """where scales come from: delayed: the maxima of earlier steps; tensorwise: the tensor itself; blockwise: blocks of 128 x 128 (weights) or 1 x 128"""
+    """where scales come from. delayed: maxima of earlier steps; tensorwise: the tensor itself; blockwise: blocks of 128 x 128 (weights) or 1 x 128"""
     format: Literal["hybrid", "e4m3"] | None = None
     """hybrid: e4m3 forward, e5m2 for gradients; none: hybrid, but e4m3 for blockwise, whose small blocks need no wide range"""
     bf16_layers_at_start: NonNegative = 0
@@ -105,7 +105,7 @@ class Fp8Config(Block):
     amax_history_len: Positive = 1024
     """steps that delayed scaling looks back"""
     params: bool = False
-    """keep the layers' weights in FP8 alone and gather them so: 1 byte instead of 2, and no copy to make each step"""
+    """keep the layers' weights in FP8 alone and gather them so, 1 byte instead of 2: planned for, not trained with yet"""
 
     @property
     def formats(self) -> str:

@@ -93,6 +93,7 @@ class MambaMixer(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         pp_layer_offset: int = 0,
+        name: str | None = None,  # given by megatron-core 0.19, for its logs
     ) -> None:
         super().__init__(config)
         assert config.context_parallel_size == 1

@@ -139,6 +139,8 @@ def free(chunks: Iterable[DistributedDataParallel], optimizer: Any) -> None:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             tensors += [buffer.grad_data, buffer.param_data]
         tensors += [*chunk.parameters(), *chunk.module.buffers()]
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()  # TransformerEngine's FP8 copies of the weights
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         tensors += [weight for group in inner.param_groups for weight in group["params"]]
