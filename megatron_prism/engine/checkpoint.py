@@ -63,9 +63,9 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
         artifact.begin(folder, "checkpoint", config, parents)
         shutil.copytree(hf, folder / HF)
         (folder / SHARDED).mkdir()
-        artifact.write_atomic(folder / STATE, json.dumps(_state(progress, engine.mesh), indent=2) + "\n")
+        artifact.write_atomic(folder / STATE, json.dumps(_state(progress, engine), indent=2) + "\n")
     dist.barrier()
-    model = _model_state(engine)
+    model = _model_state(engine, scales=_has_scales(engine))
     optimizer = {"groups": engine.optimizer.groups(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
     save_sharded({**model, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}, folder / SHARDED)
     if dist.get_rank() == 0:
@@ -76,7 +76,7 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
 
 def load_weights(engine: Engine, checkpoint: Path) -> None:
     """Load the model alone, from any layout, and take it as the optimizer's new starting point."""
-    _put_weights(engine, load_sharded(_model_state(engine), checkpoint / SHARDED))
+    _put_weights(engine, load_sharded(_model_state(engine, scales=False), checkpoint / SHARDED))
     engine.optimizer.take_weights()
 
 
@@ -87,7 +87,10 @@ def load_all(engine: Engine, checkpoint: Path) -> Progress:
     if not same_layout and dist.get_rank() == 0:
         logger.info("%s was saved by another layout (%s): random number states start anew", checkpoint, saved["layout"])
     engine.optimizer.initialize()
-    model = _model_state(engine)
+    scales = _has_scales(engine) and bool(saved.get("scales"))
+    if _has_scales(engine) and not scales and dist.get_rank() == 0:
+        logger.info("%s has no FP8 scales of delayed scaling: their history starts anew", checkpoint)
+    model = _model_state(engine, scales)
     optimizer = OptimizerState(engine.optimizer, model, loading=True)
     rng = {"rng": _rng_object(engine.mesh)} if same_layout else {}
     state = load_sharded({**model, "optimizer": {"state": optimizer.tensors}, **rng}, checkpoint / SHARDED)
@@ -160,8 +163,9 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _state(progress: Progress, mesh: Mesh) -> dict[str, Any]:
-    return {"schema_version": STATE_SCHEMA_VERSION, "progress": asdict(progress), "layout": _layout(mesh)}
+def _state(progress: Progress, engine: Engine) -> dict[str, Any]:
+    found = {"schema_version": STATE_SCHEMA_VERSION, "progress": asdict(progress), "layout": _layout(engine.mesh)}
+    return found | ({"scales": True} if _has_scales(engine) else {})
 
 
 def _layout(mesh: Mesh) -> dict[str, Any]:
@@ -169,13 +173,20 @@ def _layout(mesh: Mesh) -> dict[str, Any]:
     return {"tp": plan.tp, "pp": plan.pp, "vpp": plan.vpp, "cp": plan.cp, "dp": plan.dp, "sp": plan.sp}
 
 
-def _model_state(engine: Engine) -> dict[str, Any]:
+def _has_scales(engine: Engine) -> bool:
+    """Whether layers remember maxima of earlier steps: FP8 with delayed scaling, and nothing else."""
+    config = engine.model[0].config
+    return bool(config.fp8) and config.fp8_recipe == "delayed"
+
+
+def _model_state(engine: Engine, scales: bool) -> dict[str, Any]:
+    """Sharded weights of every chunk. scales: and the FP8 layers' scales and maxima, which megatron-core calls their extra state."""
     metadata = {"dp_cp_group": engine.mesh.groups.dp_cp}
     names = ["model"] if len(engine.model) == 1 else [f"model{index}" for index in range(len(engine.model))]
     states = {}
     for name, chunk in zip(names, engine.model, strict=True):
         state = unwrap(chunk).sharded_state_dict(metadata=metadata)
-        states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        states[name] = {key: value for key, value in state.items() if scales or not key.endswith("_extra_state")}
     return states
 
 

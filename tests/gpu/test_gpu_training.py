@@ -6,12 +6,17 @@ fp32 with our own layers and TF32 off is held to fp32 rounding at the first step
 rounding (Adam's first updates are nearly signs, and cuBLAS sums other shapes in another order), so the whole run has a wider bound.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training import differing, final_state, from_random, largest_difference, run_cases
+from tiny_models import TINY
+from training import VOCAB_SIZE, differing, final_state, from_random, largest_difference, run_cases
+
+from megatron_prism.engine import checkpoint, run_folder
 
 gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpus == 0, reason="needs a CUDA device")]
@@ -73,19 +78,48 @@ def test_transformer_engine_and_our_layers_are_one_model(start):
     assert abs(first["grad_norm"] / ours["grad_norm"] - 1) < 1e-2  # measured 1.6e-3; later steps amplify rounding
 
 
-def test_a_resumed_run_equals_an_unbroken_run_on_the_gpu(start):
-    import shutil
+EXACT: dict[str, tuple[int, dict[str, Any]]] = {
+    "bf16": (1, {}),
+    "small_states": (1, {"optimizer__moments": "bf16", "optimizer__split_master": True, "optimizer__gradients": "bf16"}),
+    "tensorwise": (1, {"fp8__recipe": "tensorwise"}),
+    "delayed": (1, {"fp8__recipe": "delayed", "fp8__amax_history_len": 4}),
+    "blockwise": (1, {"fp8__recipe": "blockwise"}),
+    "bf16_ends": (1, {"fp8__recipe": "tensorwise", "fp8__bf16_layers_at_start": 1, "fp8__bf16_layers_at_end": 1}),
+    "deterministic": (1, {"deterministic": True}),
+    "deterministic_dp": (2, {"deterministic": True}),
+    "deterministic_delayed_dp": (2, {"deterministic": True, "fp8__recipe": "delayed", "fp8__amax_history_len": 4}),
+    "deterministic_hybrid": (1, {"deterministic": True, "hybrid": True}),
+    "deterministic_hybrid_tp": (2, {"deterministic": True, "hybrid": True, "parallel__tp": 2, "parallel__sp": True}),
+}
+"""Ranks and settings under which a resumed run is the unbroken one bit for bit. A hybrid needs `deterministic`: Mamba's kernels sum as they come."""
 
-    from megatron_prism.engine import checkpoint, run_folder
 
+@pytest.mark.parametrize("name", EXACT)
+def test_a_resumed_run_equals_an_unbroken_run_on_the_gpu(start, name):
     root, load, _ = start
-    settings = {"steps": 6, "checkpoint__save_interval": 3, "checkpoint__keep_last": 10, "device": "cuda", "precision": "bf16", **load}
-    run_cases(root, 1, {"run": {}}, folder=root / "unbroken", **settings)
-    shutil.copytree(root / "unbroken" / "run", root / "resumed" / "run")
-    (root / "resumed" / "run" / "COMPLETE").unlink()
-    checkpoint.remove(run_folder.step_folder(root / "resumed" / "run", 6))
-    run_cases(root, 1, {"run": {}}, folder=root / "resumed", **settings)
-    assert differing(final_state(root / "resumed" / "run"), final_state(root / "unbroken" / "run")) == []
+    ranks, options = EXACT[name]
+    if gpus < ranks:
+        pytest.skip("needs two CUDA devices")
+    options = dict(options)
+    begin = from_hybrid(root) if options.pop("hybrid", False) else load
+    settings = {"steps": 6, "checkpoint__save_interval": 3, "checkpoint__keep_last": 10, "device": "cuda", "precision": "bf16", **begin, **options}
+    unbroken, resumed = root / f"{name}_unbroken", root / f"{name}_resumed"
+    run_cases(root, ranks, {"run": {}}, folder=unbroken, **settings)
+    shutil.copytree(unbroken / "run", resumed / "run")
+    (resumed / "run" / "COMPLETE").unlink()
+    checkpoint.remove(run_folder.step_folder(resumed / "run", 6))
+    run_cases(root, ranks, {"run": {}}, folder=resumed, **settings)
+    assert differing(final_state(resumed / "run"), final_state(unbroken / "run")) == []
+
+
+def from_hybrid(root: Path) -> dict[str, str]:
+    """Random weights of a tiny Granite-4-H."""
+    folder = root / "hybrid"
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**TINY["granite_hybrid"], "vocab_size": VOCAB_SIZE}))
+        (folder / "tokenizer.json").write_text("{}")
+    return {"model__hf_config": str(folder), "model__tokenizer": str(folder)}
 
 
 def test_a_gpu_computes_what_the_cpu_computes(start):
