@@ -1,0 +1,239 @@
+"""Which source serves sample i, when the blend of a run may change on the way: a history of plans, each from some sample on.
+
+Within one plan the n-th sample of a source of weight w (the weights sum to 1) is due at time (n + 1/2) / w, and samples are served in order of due
+time. So the first n samples never depend on how many are asked for, any index can be had at once, and the share of every source is exact to about
+one sample. Where the next plan begins, its clock starts anew, while every source goes on with its own next sample: nothing of it is repeated or
+skipped, also when it was away for a while; a new source starts at its first.
+
+Owns: the schedule, and what of a blend may change within a run. Refuses: weights that are not positive; a change that was not asked for, and any
+change of seed, sequence length, packing, or of the shards behind a source's name. Knows nothing of documents and tokens.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prism.errors import UserError
+
+Int64 = NDArray[np.int64]
+Table = dict[str, Any]
+
+OnChange = Literal["refuse", "replan"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A plan and the sample that it begins with; weights by source, in the order of the blend, which settles ties."""
+
+    first_sample: int
+    weights: Mapping[str, float]
+
+
+class Schedule:
+    """The order of samples under one plan: which source is next. A pure function of the weights. Errors: UserError for bad weights."""
+
+    def __init__(self, names: Sequence[str], weights: Sequence[float]):
+        for name, weight in zip(names, weights, strict=True):
+            if not (math.isfinite(weight) and weight > 0):
+                raise UserError(f"the weight of source {name!r} is {weight}, it must be a positive number; leave the source out to switch it off")
+        total = math.fsum(float(weight) for weight in weights)
+        self.weights = np.array([float(weight) / total for weight in weights])
+
+    def counts(self, num_samples: int) -> Int64:
+        """How many of the first `num_samples` samples come from each source: exact, shape [sources], in the time of one window."""
+        before, due_at, source_of = self._window(num_samples, num_samples)
+        taken = source_of[np.lexsort((source_of, due_at))][: num_samples - int(before.sum())]
+        return before + np.bincount(taken, minlength=len(before))
+
+    def between(self, start: int, stop: int) -> tuple[Int64, Int64]:
+        """Which source serves the samples [start, stop), and which sample of that source each is: two arrays of stop - start."""
+        before, due_at, source_of = self._window(start, stop)
+        # Within a source the window holds consecutive samples in order, so a sample's ordinal is `before` plus its rank among its source's.
+        first = np.concatenate([[0], np.cumsum(np.bincount(source_of, minlength=len(before)))[:-1]])
+        ordinal_of = np.arange(len(source_of)) - first[source_of] + before[source_of]
+        chosen = np.lexsort((source_of, due_at))[start - int(before.sum()) :][: stop - start]
+        return source_of[chosen], ordinal_of[chosen]
+
+    def _window(self, start: int, stop: int) -> tuple[Int64, NDArray[np.float64], Int64]:
+        """All samples due in a span of time that surely holds those served as [start, stop).
+
+        By time t source j has served w_j * t samples to within 1/2, so the blend has served t to within half the number of sources.
+        Returns the samples of each source before the span; the due times in it, source by source; the source of each.
+        """
+        slack = len(self.weights) / 2 + 2
+        before, until = self._due_by(start - slack), self._due_by(stop + slack)
+        assert before.sum() <= start and until.sum() >= stop, (start, stop)
+        source_of = np.repeat(np.arange(len(self.weights)), until - before)
+        first = np.concatenate([[0], np.cumsum(until - before)[:-1]])
+        ordinals = np.arange(len(source_of)) - first[source_of] + before[source_of]
+        return before, self._due_time(ordinals, self.weights[source_of]), source_of
+
+    @staticmethod
+    def _due_time(ordinals: Int64, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (ordinals + 0.5) / weights
+
+    def _due_by(self, time: float) -> Int64:
+        """Samples of each source with a due time <= time. The order is that of the rounded due times, so the count is corrected by them."""
+        counts = np.maximum(np.floor(time * self.weights + 0.5), 0).astype(np.int64)
+        while (late := (counts > 0) & (self._due_time(counts - 1, self.weights) > time)).any():
+            counts -= late
+        while (early := self._due_time(counts, self.weights) <= time).any():
+            counts += early
+        return counts
+
+
+class History:
+    """The plans of a run, one after another; the last has no end.
+
+    names: every source that any of them has, in order of first appearance; sources are numbered by it. Errors: UserError for bad weights.
+    """
+
+    def __init__(self, segments: Sequence[Segment]):
+        starts = [segment.first_sample for segment in segments]
+        assert segments and starts[0] == 0 and all(before < after for before, after in pairwise(starts)), starts
+        self.segments = tuple(segments)
+        self.names = list(dict.fromkeys(name for segment in segments for name in segment.weights))
+        place = {name: number for number, name in enumerate(self.names)}
+        self._starts = np.array(starts)
+        self._schedules = [Schedule(list(segment.weights), list(segment.weights.values())) for segment in segments]
+        self._places = [np.array([place[name] for name in segment.weights]) for segment in segments]
+        self._served = [np.zeros(len(self.names), np.int64)]
+        """samples of each source before each segment"""
+        for number in range(len(segments) - 1):
+            self._served.append(self._counts_in(number, starts[number + 1]))
+
+    @property
+    def current(self) -> Segment:
+        """The last plan."""
+        return self.segments[-1]
+
+    def counts(self, num_samples: int) -> Int64:
+        """How many of the first `num_samples` samples come from each source of `names`: exact."""
+        return self._counts_in(self._segment(max(num_samples - 1, 0)), num_samples)
+
+    def schedule(self, start: int, stop: int) -> tuple[Int64, Int64]:
+        """Which source serves the samples [start, stop), and which sample of that source's own stream each is: two arrays of stop - start."""
+        assert 0 <= start <= stop, (start, stop)
+        parts = []
+        for number in range(self._segment(start), len(self.segments)):
+            begin = self.segments[number].first_sample
+            end = self.segments[number + 1].first_sample if number + 1 < len(self.segments) else stop
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                local, ordinals = self._schedules[number].between(low - begin, high - begin)
+                sources = self._places[number][local]
+                parts.append((sources, ordinals + self._served[number][sources]))
+        sources, ordinals = (np.concatenate([part[column] for part in parts] or [np.zeros(0, np.int64)]) for column in (0, 1))
+        return sources, ordinals
+
+    def replanned(self, first_sample: int, weights: Mapping[str, float]) -> "History":
+        """This history with another plan from `first_sample` on; a plan that began at that very sample served nothing and is forgotten."""
+        assert first_sample >= self.current.first_sample, f"a plan beyond sample {first_sample} served samples already: {self.current}"
+        kept = [segment for segment in self.segments if segment.first_sample < first_sample]
+        return History([*kept, Segment(first_sample, dict(weights))])
+
+    def _segment(self, sample: int) -> int:
+        return int(np.searchsorted(self._starts, sample, side="right")) - 1
+
+    def _counts_in(self, number: int, num_samples: int) -> Int64:
+        counts = self._served[number].copy()
+        counts[self._places[number]] += self._schedules[number].counts(num_samples - self.segments[number].first_sample)
+        return counts
+
+
+class Continuation(NamedTuple):
+    """How a run goes on over its data. records: the plans as a checkpoint keeps them; changes: what the last of them changed, in words."""
+
+    records: list[Table]
+    changes: list[str]
+
+    @property
+    def history(self) -> History:
+        """The plans that decide the samples."""
+        return from_records(self.records)
+
+
+def from_records(records: Sequence[Table]) -> History:
+    """The history that a checkpoint recorded: [{"first_sample", "sources": [{"name", "weight", "digest", "tokens"}]}]."""
+    return History([Segment(record["first_sample"], {source["name"]: source["weight"] for source in record["sources"]}) for record in records])
+
+
+def recorded(data: Table) -> list[Table]:
+    """The plans in a data fingerprint; one without a history (schema 1) had one plan."""
+    return list(data.get("history") or [{"first_sample": 0, "sources": data["sources"]}])
+
+
+def go_on(then: Table, now: Table, first_sample: int, on_change: OnChange) -> Continuation:
+    """The plans of a run that goes on at `first_sample`; then: the data fingerprint of its checkpoint, now: that of the blend at hand.
+
+    Weights, order and sources may change where on_change is "replan": a plan is added. Errors: UserError with every difference that is not allowed.
+    """
+    now = json.loads(json.dumps(now))  # as a checkpoint would give it back: no tuples
+    records = recorded(then)
+    records = [{**record, "sources": [_with_tokens(source, now) for source in record["sources"]]} for record in records]
+    fixed, movable = _fixed_changes(then, now, records), _movable_changes(then["sources"], now["sources"])
+    if fixed:
+        raise UserError(
+            "the data changed since the checkpoint in a way that no run can go on with:\n  "
+            + "\n  ".join(fixed + movable)
+            + "\nrestore it (new shards need a source name of their own), or start a new run from the checkpoint with model.load='weights'"
+        )
+    if not movable:
+        return Continuation(records, [])
+    if on_change == "refuse":
+        raise UserError(
+            "the data changed since the checkpoint, so samples would be lost or repeated:\n  "
+            + "\n  ".join(movable)
+            + f"\nrestore the blend; or set data.on_change='replan' to go on under the new one from sample {first_sample}, every source from where "
+            "it stood; or start a new run from the checkpoint with model.load='weights'"
+        )
+    assert records[-1]["first_sample"] <= first_sample, (records[-1], first_sample)
+    kept = [record for record in records if record["first_sample"] < first_sample]
+    return Continuation([*kept, {"first_sample": first_sample, "sources": now["sources"]}], movable)
+
+
+def consumption(records: Sequence[Table], num_samples: int, seq_len: int) -> dict[str, Table]:
+    """What the first `num_samples` samples took of each source: samples, tokens, and epochs where the size of the source is known. Exact."""
+    history = from_records(records)
+    sizes = {source["name"]: source.get("tokens") for record in records for source in record["sources"]}
+    found = {}
+    for name, samples in zip(history.names, history.counts(num_samples).tolist(), strict=True):
+        epochs = samples * seq_len / sizes[name] if sizes[name] else None
+        found[name] = {"samples": samples, "tokens": samples * seq_len, "epochs": epochs}
+    return found
+
+
+def _with_tokens(source: Table, now: Table) -> Table:
+    """A record's source with its size, which checkpoints of schema 1 do not tell."""
+    sizes = {other["name"]: other.get("tokens") for other in now["sources"]}
+    return source if source.get("tokens") or not sizes.get(source["name"]) else {**source, "tokens": sizes[source["name"]]}
+
+
+def _fixed_changes(then: Table, now: Table, records: Sequence[Table]) -> list[str]:
+    """What may not change: everything but the sources, and the shards of a source that the run has ever read."""
+    keys = [key for key in dict.fromkeys([*then, *now]) if key not in ("sources", "history")]
+    changes = [f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys if then.get(key) != now.get(key)]
+    digests = {source["name"]: source["digest"] for record in records for source in record["sources"]}
+    return changes + [
+        f"source {source['name']}: digest was {digests[source['name']]!r}, now {source['digest']!r}"
+        for source in now["sources"]
+        if source["name"] in digests and digests[source["name"]] != source["digest"]
+    ]
+
+
+def _movable_changes(then: Sequence[Table], now: Sequence[Table]) -> list[str]:
+    """What another plan allows: weights, sources that left or joined, and their order, which settles ties."""
+    before, after = ({source["name"]: source["weight"] for source in sources} for sources in (then, now))
+    changes = [f"source {name} is gone (its weight was {before[name]!r})" for name in before if name not in after]
+    changes += [f"source {name} is new (weight {after[name]!r})" for name in after if name not in before]
+    if before.keys() == after.keys() and list(before) != list(after):
+        changes.append(f"the order of the sources was {list(before)}, now {list(after)}")
+    return changes + [
+        f"source {name}: weight was {before[name]!r}, now {after[name]!r}" for name in before if name in after and before[name] != after[name]
+    ]
