@@ -14,6 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_prism.engine.documents import lengths_of
+
 WINDOWED_QUERIES = 1024
 """queries that a sliding window handles at once, at least"""
 
@@ -69,8 +71,7 @@ class CausalAttention(MegatronModule):
         assert attention_mask is None
         if packed_seq_params is None:
             return self._attend(q_sbqd, k_tbkd, v_tbkd)
-        ends = packed_seq_params.cu_seqlens_q if packed_seq_params.cu_seqlens_q_padded is None else packed_seq_params.cu_seqlens_q_padded
-        lengths = ends.diff().tolist()
+        lengths = lengths_of(packed_seq_params)
         documents = zip(*(x.unsqueeze(1).split(lengths) for x in (q_sbqd, k_tbkd, v_tbkd)), strict=True)
         return torch.cat([self._attend(*document) for document in documents]).squeeze(1)
 

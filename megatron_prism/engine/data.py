@@ -3,7 +3,7 @@
 Sample i of a run is a function of the blend, the seed and i alone (`data_prep.sampler`). Step t takes samples t * global_batch to
 (t + 1) * global_batch; micro-batch m of data-parallel rank r takes the (m * dp + r)-th group of micro_batch samples of these. All ranks with one
 data-parallel rank read the same samples; nothing is broadcast. A background thread reads ahead of the step (`prefetch`): on a GPU the step finds its
-micro-batches in pinned memory and only starts their copy.
+micro-batches in pinned memory and only starts their copy. Packed documents are `packed_data`'s, on top of this.
 """
 
 import threading
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_prism.data_prep.blend import Blend
@@ -26,7 +27,6 @@ from megatron_prism.engine.prefetch import Prefetcher
 
 MICRO_BATCHES_AHEAD = 16
 """Read before they are needed, and so held in memory: 20 bytes a token each."""
-COPIED = ("tokens", "labels", "loss_mask", "sources")
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,27 @@ class MicroBatch:
     sources: Tensor
 
     def pinned(self) -> "MicroBatch":
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """What differs from batch to batch, and is copied to the device with it."""
+        return "tokens", "labels", "loss_mask", "sources"
+
+    @property
+    def packed_seq_params(self) -> PackedSeqParams | None:
+        """Where documents end that see themselves alone; None: every row is one."""
+        return None
+
         """The same batch in memory that a GPU reads by itself, but for the positions, which `to` takes from the device."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in COPIED})
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in self.copied})
 
     def to(self, device: torch.device, positions: Tensor | None = None) -> "MicroBatch":
         """The same batch on a device; the copies overlap with compute. positions: those that are on the device already."""
         if device.type == "cpu":
             return self
-        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in COPIED}
-        return MicroBatch(**moved, positions=self.positions.to(device) if positions is None else positions)
+        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in self.copied}
+        if "positions" not in moved:
+            moved["positions"] = self.positions.to(device) if positions is None else positions
+        return replace(self, **moved)
 
 
 class SourceReader:
@@ -79,15 +91,17 @@ class SampleReader:
         manifests = [verify(getattr(source, split)) for source in chosen]
         check_one_tokenizer(manifests)
         self.readers = [SourceReader(manifest) for manifest in manifests]
-        lengths = [manifest.document_lengths() for manifest in manifests]
-        self.sampler = Sampler(lengths, [source.weight for source in chosen], seq_len, blend.seed, names=self.names)
+        self.lengths = [manifest.document_lengths() for manifest in manifests]
+        self.sampler = Sampler(self.lengths, [source.weight for source in chosen], seq_len, blend.seed, names=self.names)
         self.seq_len = seq_len
-        self.masked_token = manifests[0].end_of_document if mask_end_of_document else None
-        self.fingerprint = {
+        self.end_of_document = manifests[0].end_of_document
+        self.masked_token = self.end_of_document if mask_end_of_document else None
+        self.fingerprint: dict[str, Any] = {
             "seed": blend.seed,
             "seq_len": seq_len,
             "mask_end_of_document": mask_end_of_document,
             "sources": [
+            "packing": None,
                 {"name": source.name, "weight": source.weight, "digest": manifest.digest()}
                 for source, manifest in zip(chosen, manifests, strict=True)
             ],
@@ -100,6 +114,7 @@ class SampleReader:
         self._waited_seconds = 0.0
 
     def tokens(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
+
         """The seq_len + 1 tokens of a sample, int64, and its place in the blend."""
         row = np.empty(self.seq_len + 1, np.int64)
         return row, self._read_into(row, index)

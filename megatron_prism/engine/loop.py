@@ -23,6 +23,7 @@ from megatron_prism.engine.metrics import MetricsLog
 from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
 from megatron_prism.engine.parallel import Mesh
+from megatron_prism.engine.packed_data import PackedReader, open_reader
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import Engine, StepReport, evaluate_step, train_step
@@ -120,18 +121,20 @@ def build_run(cfg: TrainConfig) -> Run:
         _carry_model_files(cfg)
     engine = build_engine(cfg, model_config, mesh, place)
     blend = load_blend(cfg.data.blend)
-    data = SampleReader(blend, "train", cfg.data.seq_len, cfg.data.mask_end_of_document)
+    data = open_reader(blend, "train", cfg.data)
     if data.vocab_size > model_config.vocab_size:
         raise UserError(
             f"data.blend has token ids up to {data.vocab_size - 1}, the model knows {model_config.vocab_size}; prepare it with the model's tokenizer"
         )
-    held_out = SampleReader(blend, "validation", cfg.data.seq_len, cfg.data.mask_end_of_document) if cfg.validation else None
+    held_out = open_reader(blend, "validation", cfg.data) if cfg.validation else None
     progress = _starting_point(cfg, engine, data)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
     run = Run(cfg, model_config, engine, data, held_out, parents, progress, log)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
     return run
 
+    if mesh.rank == 0 and isinstance(data, PackedReader):
+        log.say(data.describe())
 
 def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place: torch.device) -> Engine:
     """The model of a recipe with random weights, wrapped, and its optimizer: what `prism train` and `prism bench` both step."""

@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sha
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_prism.engine.documents import Documents, ids, segment_ends
 from megatron_prism.engine.mamba_share import Rows, Share, replicates_groups, sharded_rows, shifted
 from megatron_prism.families.model_config import MambaConfig
 from megatron_prism.kernels.causal_conv1d import causal_conv1d
@@ -298,9 +299,8 @@ def head_parameter(values_h: Tensor, config: TransformerConfig) -> torch.nn.Para
 
 
 def document_ids(packed: PackedSeqParams, length: int) -> Tensor:
-    """[1, l]: for each token the number of its document."""
-    ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    return torch.searchsorted(ends[1:], torch.arange(length, dtype=ends.dtype, device=ends.device), right=True).unsqueeze(0)
+    """[1, l]: for each token the number of its document; worked out once for a micro-batch where it comes with its `Documents`."""
+    return packed.ids if isinstance(packed, Documents) else ids(segment_ends(packed), length)
 
 
 # megatron-core's own versions of these two sum in place and lose the sum of a non-contiguous tensor (mappings.py:29)

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from megatron_prism import artifact, families
 from megatron_prism.config import Block, Fp8Config, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
+from megatron_prism.data_prep.packing import OverLength, PackingOptions
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
@@ -38,6 +39,23 @@ class ModelSection(Block):
         return self
 
 
+class PackingSection(Block):
+    """Whole documents packed into sequences, each seen by itself alone, in place of documents end to end: docs/packing.md."""
+
+    pad_multiple: Positive = 16
+    """a document takes up a multiple of this; must divide data.seq_len, and be a multiple of 2 * parallel.cp under context parallelism"""
+    over_length: OverLength = "refuse"
+    """documents longer than seq_len: refuse them, truncate them to their first seq_len tokens, or split them into chunks"""
+    overlap: NonNegative = 0
+    """tokens that a chunk repeats of the chunk before (over_length=split); their loss counts once"""
+    window_documents: Positive = 10_000
+    """documents that are packed together; more fill better and take longer to find a sample in"""
+
+    def options(self, seq_len: int) -> PackingOptions:
+        """For sequences of this length. Errors: UserError for values that do not fit together."""
+        return PackingOptions(seq_len, self.pad_multiple, self.over_length, self.overlap)
+
+
 class DataSection(Block):
     """What to read."""
 
@@ -47,6 +65,14 @@ class DataSection(Block):
     """tokens per sequence"""
     mask_end_of_document: bool = False
     """leave out the loss of the token after each end of document"""
+    packing: PackingSection | None = None
+    """none: documents follow each other, cut every seq_len tokens"""
+
+    @model_validator(mode="after")
+    def _packing_fits(self) -> "DataSection":
+        if self.packing is not None:
+            self.packing.options(self.seq_len)
+        return self
 
 
 class CheckpointSection(Block):
@@ -140,6 +166,21 @@ class TrainConfig(Block):
 
     @model_validator(mode="after")
     def _exports_have_checkpoints(self) -> "TrainConfig":
+    @model_validator(mode="after")
+    def _packing_fits_the_layout(self) -> "TrainConfig":
+        packing, cp = self.data.packing, self.parallel.cp
+        if packing is None:
+            return self
+        if self.micro_batch > 1:
+            raise ValueError(
+                f"micro_batch={self.micro_batch} must be 1 with data.packing: packed documents lie in one row; a larger data.seq_len does the same"
+            )
+        if cp > 1 and packing.pad_multiple % (2 * cp):
+            raise ValueError(f"data.packing.pad_multiple={packing.pad_multiple} must be a multiple of 2 * parallel.cp = {2 * cp}; try {2 * cp}")
+        if cp > 1:
+            raise ValueError(f"parallel.cp={cp} with data.packing is not implemented: documents are not cut over ranks; use cp=1 or packing=none")
+        return self
+
         export, save = self.export, self.checkpoint.save_interval
         if export is not None and export.interval is not None and (save is None or export.interval % save):
             raise ValueError(

@@ -73,7 +73,7 @@ def forward_backward(engine: Engine, data: SampleReader, first_sample: int, forw
 
     def forward_step(batches: Iterator[MicroBatch], chunk: Any) -> Any:
         batch = next(batches)
-        output = chunk(batch.tokens, batch.positions, None, labels=batch.labels, loss_mask=batch.loss_mask)
+        output = chunk(batch.tokens, batch.positions, None, labels=batch.labels, loss_mask=batch.loss_mask, packed_seq_params=batch.packed_seq_params)
         return output, masked_loss(batch, num_sources)
 
     streams = tee(data.step(first_sample, engine.mesh, engine.device), len(engine.model))  # each chunk draws every micro-batch, read once

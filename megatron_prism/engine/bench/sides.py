@@ -76,8 +76,10 @@ class Ours:
 
 
 def read(case: Case) -> SampleReader:
-    """The training split of the case's blend. Errors: UserError for tokens that the model lacks."""
+    """The training split of the case's blend. Errors: UserError for tokens that the model lacks, and for packing."""
     data = case.train.data
+    if data.packing is not None:
+        raise UserError("data.packing: packed documents are not measured yet, the baselines have none; set data.packing=none")
     reader = SampleReader(load_blend(data.blend), "train", data.seq_len, data.mask_end_of_document)
     if reader.vocab_size > case.model.vocab_size:
         raise UserError(f"data.blend has token ids up to {reader.vocab_size - 1}, the model of the case knows {case.model.vocab_size}")
