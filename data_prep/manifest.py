@@ -1,5 +1,8 @@
 """What a folder of shards holds, and whether it still does: `manifest.json` beside the shards of one split of one source.
 
+A manifest of adopted shards (`data_prep/adopt`) lists files that lie elsewhere, and may choose among their documents; its schema is 2, that of all
+others 1.
+
 Owns: reading and writing it, the quick check at training start (sizes and .idx hashes), and the checksums of the .bin files, one per block, that are
 compared at first read (pools are terabytes) or all at once. Refuses: folders without a manifest, unfinished ones, and any byte that changed.
 """
@@ -9,7 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +23,11 @@ from numpy.typing import NDArray
 
 from megatron_prism import artifact
 from megatron_prism.data_prep import shards as shard_format
+from megatron_prism.data_prep.held_out import held_out
+from megatron_prism.data_prep.shards import bin_path, idx_path
 from megatron_prism.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 64 << 20
 READ_BYTES = 1 << 20
@@ -30,7 +35,10 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin/.idx pair. blocks: xxh3-64 of each BLOCK_BYTES of the .bin, in hex; tokens count the end-of-document ids."""
+    """One .bin/.idx pair. blocks: xxh3-64 of each BLOCK_BYTES of the .bin, in hex; tokens count the end-of-document ids.
+
+    name: path without suffix, from the manifest's folder on; adopted shards' may be absolute.
+    """
 
     name: str
     documents: int
@@ -42,10 +50,22 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which documents of the listed shards are the split's: those that `held_out` chooses, or those that it leaves; documents, tokens: of these."""
+
+    seed: int
+    fraction: float
+    held_out: bool
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The shards of one split of one source, in order: document d of the source is counted through them.
 
-    text_bytes: UTF-8 bytes of the documents' text. inputs: the files it was made from ({"path", "bytes", "fingerprint"}).
+    text_bytes: UTF-8 bytes of the documents' text (0 where nobody knows). inputs: the files it was made from ({"path", "bytes", "fingerprint"}).
+    adopted: the shards are another tool's; every sequence of their indices is a document. selection: none, all documents are of this split.
     """
 
     folder: Path
@@ -59,17 +79,23 @@ class Manifest:
     shards: tuple[Shard, ...]
     inputs: tuple[dict[str, Any], ...] = ()
     block_bytes: int = BLOCK_BYTES
-    schema_version: int = field(default=SCHEMA_VERSION)
+    adopted: bool = False
+    selection: Selection | None = None
+
+    @property
+    def schema_version(self) -> int:
+        """The oldest schema that can say this."""
+        return 2 if self.adopted or self.selection else 1
 
     @property
     def num_documents(self) -> int:
-        """Documents over all shards."""
-        return sum(shard.documents for shard in self.shards)
+        """Documents of the split, over all shards."""
+        return self.selection.documents if self.selection else sum(shard.documents for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens over all shards, end-of-document ids included."""
-        return sum(shard.tokens for shard in self.shards)
+        """Tokens of these, end-of-document ids included."""
+        return self.selection.tokens if self.selection else sum(shard.tokens for shard in self.shards)
 
     @property
     def prefixes(self) -> list[Path]:
@@ -77,26 +103,60 @@ class Manifest:
         return [self.folder / shard.name for shard in self.shards]
 
     def document_lengths(self) -> NDArray[np.int32]:
-        """Tokens per document over all shards in order, int32 [num_documents], read from the .idx files."""
-        parts = [np.zeros(0, np.int32)]
+        """Tokens per document over all shards in order, int32 [documents of the shards], read from the .idx files.
+
+        A document that the selection leaves out keeps its place, with a length of 0: nobody who reads by these lengths ever sees it.
+        """
+        parts = self._lengths_by_shard()
+        lengths = np.concatenate([np.zeros(0, np.int32), *parts])
+        if self.selection is not None:
+            lengths[~self._chosen(len(lengths))] = 0
+        return lengths
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Where the split's tokens lie: (shard, first token, tokens), documents next to each other joined."""
+        if self.selection is None:
+            return [(number, 0, shard.tokens) for number, shard in enumerate(self.shards) if shard.tokens]
+        found: list[tuple[int, int, int]] = []
+        first, chosen = 0, self._chosen(sum(shard.documents for shard in self.shards))
+        for number, lengths in enumerate(self._lengths_by_shard()):
+            starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            edges = np.flatnonzero(np.diff(chosen[first : first + len(lengths)].astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+            spans = starts[edges]
+            found += [(number, int(start), int(stop - start)) for start, stop in spans if stop > start]
+            first += len(lengths)
+        return found
+
+    def _lengths_by_shard(self) -> list[NDArray[np.int32]]:
+        parts = []
         for shard, prefix in zip(self.shards, self.prefixes, strict=True):
-            index = shard_format.read_index(prefix.with_suffix(".idx"))
+            index = shard_format.read_index(idx_path(prefix), each_sequence=self.adopted)
             if (len(index.lengths), int(index.lengths.sum(dtype=np.int64)), index.dtype) != (shard.documents, shard.tokens, self.dtype):
                 raise UserError(
                     f"{prefix}.idx does not hold the {shard.documents} documents that {self.folder / MANIFEST} names; prepare the data again"
                 )
             parts.append(index.lengths)
-        return np.concatenate(parts)
+        return parts
+
+    def _chosen(self, count: int) -> NDArray[np.bool_]:
+        """Which of `count` documents, all there are, the selection takes."""
+        assert self.selection is not None
+        held = held_out(self.selection.seed, self.source, 0, count, self.selection.fraction)
+        return held if self.selection.held_out else ~held
 
     def digest(self) -> str:
         """sha256 over what decides the tokens: every .idx hash and block checksum. A run records it and refuses silently changed data."""
-        decisive = [self.dtype, self.end_of_document, self.tokenizer_hash, [(shard.idx_sha256, shard.blocks) for shard in self.shards]]
+        decisive: list[Any] = [self.dtype, self.end_of_document, self.tokenizer_hash, [(shard.idx_sha256, shard.blocks) for shard in self.shards]]
+        if self.selection is not None:
+            decisive.append([self.source, *asdict(self.selection).values()])
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def write_manifest(manifest: Manifest) -> Path:
     """Write `manifest.json` into the manifest's folder, whole or not at all."""
-    content = {key: value for key, value in asdict(manifest).items() if key != "folder"}
+    newer = ("adopted", "selection") if manifest.schema_version == 1 else ()
+    content = {key: value for key, value in asdict(manifest).items() if key not in ("folder", *newer)}
+    content["schema_version"] = manifest.schema_version
     totals = {"num_documents": manifest.num_documents, "num_tokens": manifest.num_tokens}
     artifact.write_atomic(manifest.folder / MANIFEST, json.dumps(content | totals, indent=1) + "\n")
     return manifest.folder / MANIFEST
@@ -119,8 +179,9 @@ def load_manifest(folder: Path) -> Manifest:
             f"{folder / MANIFEST} has schema {content['schema_version']}, this version reads up to {SCHEMA_VERSION}; upgrade megatron-prism"
         )
     shards = tuple(Shard(**{**shard, "blocks": tuple(shard["blocks"])}) for shard in content.pop("shards"))
-    known = {key: value for key, value in content.items() if key not in ("num_documents", "num_tokens", "inputs")}
-    return Manifest(folder=folder, shards=shards, inputs=tuple(content["inputs"]), **known)
+    selection = Selection(**chosen) if (chosen := content.pop("selection", None)) else None
+    known = {key: value for key, value in content.items() if key not in ("num_documents", "num_tokens", "inputs", "schema_version")}
+    return Manifest(folder=folder, shards=shards, inputs=tuple(content["inputs"]), selection=selection, **known)
 
 
 def verify(folder: Path, full: bool = False) -> Manifest:
@@ -131,9 +192,9 @@ def verify(folder: Path, full: bool = False) -> Manifest:
     """
     manifest = load_manifest(folder)
     for shard, prefix in zip(manifest.shards, manifest.prefixes, strict=True):
-        _check_size(prefix.with_suffix(".bin"), shard.bin_bytes)
-        _check_size(prefix.with_suffix(".idx"), shard.idx_bytes)
-        if file_sha256(prefix.with_suffix(".idx")) != shard.idx_sha256:
+        _check_size(bin_path(prefix), shard.bin_bytes)
+        _check_size(idx_path(prefix), shard.idx_bytes)
+        if file_sha256(idx_path(prefix)) != shard.idx_sha256:
             raise UserError(f"{prefix}.idx differs from its checksum in {manifest.folder / MANIFEST}: the data was changed; prepare it again")
     if full:
         check = ReadCheck(manifest)
@@ -161,7 +222,7 @@ class ReadCheck:
                 self._seen[shard][block] = True
 
     def _check_block(self, shard: int, block: int) -> None:
-        path, size = self.manifest.prefixes[shard].with_suffix(".bin"), self.manifest.block_bytes
+        path, size = bin_path(self.manifest.prefixes[shard]), self.manifest.block_bytes
         with path.open("rb") as file:
             file.seek(block * size)
             found = _hash_part(file, size)

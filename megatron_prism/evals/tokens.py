@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prism.data_prep.manifest import Manifest, ReadCheck
+from megatron_prism.data_prep.shards import bin_path
 
 
 class TokenStream:
@@ -12,10 +13,9 @@ class TokenStream:
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
         self._check = ReadCheck(manifest)
-        self._parts = [
-            np.memmap(prefix.with_suffix(".bin"), manifest.dtype, "r") for prefix in manifest.prefixes if prefix.with_suffix(".bin").stat().st_size
-        ]
-        self._numbers = [number for number, shard in enumerate(manifest.shards) if shard.tokens]
+        self._runs = manifest.runs()
+        files = {number: np.memmap(bin_path(manifest.prefixes[number]), manifest.dtype, "r") for number, _, _ in self._runs}
+        self._parts = [files[number][start : start + length] for number, start, length in self._runs]
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -30,7 +30,8 @@ class TokenStream:
             part = self._parts[place]
             inside = start - (int(self._ends[place]) - len(part))
             taken = min(length, len(part) - inside)
-            self._check.check(self._numbers[place], inside * part.itemsize, (inside + taken) * part.itemsize)
+            number, first, _ = self._runs[place]
+            self._check.check(number, (first + inside) * part.itemsize, (first + inside + taken) * part.itemsize)
             pieces.append(np.asarray(part[inside : inside + taken], dtype=np.int64))
             start, length = start + taken, length - taken
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)

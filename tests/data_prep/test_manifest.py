@@ -1,15 +1,20 @@
 """One changed byte is found and named: at once in sizes and indices, at first read or in a full check in the tokens."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xxhash
 
 from megatron_prism.data_prep import manifest as manifests
-from megatron_prism.data_prep.manifest import BlockHasher, Manifest, ReadCheck, load_manifest, verify, write_manifest
+from megatron_prism.data_prep.manifest import BlockHasher, Manifest, ReadCheck, Selection, load_manifest, verify, write_manifest
 from megatron_prism.data_prep.writer import ShardWriter
 from megatron_prism.errors import UserError
 
 BLOCK = 64
+RELEASED = Path(__file__).parents[1] / "fixtures" / "manifest_v1"
 
 
 @pytest.fixture
@@ -115,3 +120,34 @@ def test_splits_of_different_tokenizers_do_not_join(split):
     manifests.check_one_tokenizer([])
     with pytest.raises(UserError, match="different tokenizers"):
         manifests.check_one_tokenizer([first, replace(first, tokenizer_hash="other")])
+
+
+def test_a_manifest_of_the_first_schema_reads_verifies_and_keeps_its_digest(tmp_path):
+    found = verify(RELEASED, full=True)
+    assert (found.schema_version, found.num_documents, found.num_tokens, found.selection, found.adopted) == (1, 6, 200, None, False)
+    assert found.document_lengths().tolist() == [40, 10, 50] * 2
+    assert found.digest() == "2c6381f3ce18ac6c8e2c6ab562ec4b602c60720f5e01f2a5f9a6e2c5752710a3"  # as that version computed it
+    shutil.copytree(RELEASED, tmp_path / "again")
+    write_manifest(load_manifest(tmp_path / "again"))
+    assert json.loads((tmp_path / "again/manifest.json").read_text()) == json.loads((RELEASED / "manifest.json").read_text())
+
+
+def test_a_selection_keeps_places_and_both_sides_make_the_whole(split):
+    from dataclasses import replace
+
+    from megatron_prism.data_prep.held_out import held_out
+
+    whole = load_manifest(split)
+    mask = held_out(3, "prose", 0, 6, 0.4)
+    assert 0 < mask.sum() < 6
+    sides = [replace(whole, adopted=True, selection=Selection(3, 0.4, side, int((mask == side).sum()), 0)) for side in (False, True)]
+    train, held = (side.document_lengths() for side in sides)
+    assert (train + held == whole.document_lengths()).all() and (np.minimum(train, held) == 0).all() and ((held > 0) == mask).all()
+    tokens = np.concatenate([np.fromfile(f"{prefix}.bin", np.uint16) for prefix in whole.prefixes])
+    starts = np.concatenate([[0], np.cumsum(whole.document_lengths())])
+    for side, chosen in zip(sides, (~mask, mask), strict=True):
+        expected = np.concatenate([tokens[starts[place] : starts[place + 1]] for place in np.flatnonzero(chosen)])
+        assert np.concatenate([tokens[300 * shard + start :][:length] for shard, start, length in side.runs()]).tolist() == expected.tolist()
+    write_manifest(sides[0])
+    assert load_manifest(split) == sides[0] and json.loads((split / "manifest.json").read_text())["schema_version"] == 2
+    assert len({side.digest() for side in (whole, *sides)}) == 3

@@ -62,9 +62,12 @@ def test_a_shard_appears_only_when_it_is_finished(tmp_path):
 
 def test_cut_foreign_and_packed_indices_are_refused(tmp_path):
     good = shards.index_bytes(np.array([3, 4]), "uint16")
-    packed = bytearray(good)
-    packed[26:34] = (2).to_bytes(8, "little")
-    for data, words in ((good[:-1], "cut short"), (good[:20], "cut short"), (b"x" * 100, "no index"), (bytes(packed), "packs documents")):
+    packed = bytearray(good[:-8])  # two sequences, and a table with the one document 0 to 2
+    packed[26:34], packed[-8:] = (2).to_bytes(8, "little"), (2).to_bytes(8, "little")
+    version, floats = bytearray(good), bytearray(good)
+    version[9], floats[17] = 2, 7
+    cases = [(good[:-1], "cut short"), (good[:20], "cut short"), (b"x" * 100, "no index"), (bytes(packed), "packs documents")]
+    for data, words in (*cases, (bytes(version), "version 2 "), (bytes(floats), "dtype code is 7")):
         (tmp_path / "a.idx").write_bytes(data)
         with pytest.raises(UserError, match=words):
             shards.read_index(tmp_path / "a.idx")
