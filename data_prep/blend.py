@@ -4,11 +4,13 @@
     [[source]]
     name = "megamath"            # its order of documents is drawn from (seed, name, epoch)
     domain = "math"              # reports add sources up by it
-    weight = 55.0                # share of sampled tokens; weights need not sum to anything
+    weight = 55.0                # share of sampled tokens; weights need not sum to anything. Or, for every source: tokens = 15_000_000_000
+    max_epochs = 4.0             # optional: a run that would read it more often is refused
     train = "megamath/train"     # folders with a manifest.json, relative to this file
     validation = "megamath/validation"
 
-`prism prep` writes one; edit a copy to change weights or to join several prep outputs. Refuses: weights that are not positive, double names.
+`prism prep` writes one; edit a copy to change weights or to join several prep outputs. Refuses: double names, weights that are not
+positive, weights beside token budgets.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from pathlib import Path
 import tomli_w
 
 from megatron_prism import artifact
-from megatron_prism.config import Block, NonNegative, PositiveFloat, read_toml, validate
+from megatron_prism.config import Block, NonNegative, Positive, PositiveFloat, read_toml, validate
 from megatron_prism.data_prep.manifest import Manifest, check_one_tokenizer, load_manifest
 from megatron_prism.data_prep.sampler import Sampler
 from megatron_prism.errors import UserError
@@ -27,13 +29,18 @@ BLEND = "blend.toml"
 
 @dataclass(frozen=True)
 class BlendSource:
-    """One source of a blend; the folders are as found from the blend's own place. validation: None where nothing was held out."""
+    """One source of a blend; the folders are as found from the blend's own place. validation: None where nothing was held out.
+
+    tokens: its budget, where shares come from token budgets; the weight is then the same number. max_epochs: how often a run may read it.
+    """
 
     name: str
     domain: str
     weight: float
     train: Path
     validation: Path | None = None
+    tokens: int | None = None
+    max_epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class Blend:
 class _SourceTable(Block):
     name: str
     domain: str = "general"
-    weight: PositiveFloat
+    weight: PositiveFloat | None = None
+    tokens: Positive | None = None
+    max_epochs: PositiveFloat | None = None
     train: str
     validation: str | None = None
 
@@ -81,11 +90,24 @@ def load_blend(path: Path) -> Blend:
     names = [source.name for source in content.source]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: a blend needs at least one [[source]], each with a name of its own; got {names}")
-    sources = [
-        BlendSource(table.name, table.domain, table.weight, path.parent / table.train, path.parent / table.validation if table.validation else None)
-        for table in content.source
-    ]
-    return Blend(content.seed, tuple(sources))
+    _check_shares(path, content.source)
+    return Blend(content.seed, tuple(_source(path.parent, table) for table in content.source))
+
+
+def _check_shares(path: Path, tables: list[_SourceTable]) -> None:
+    """Every source has a weight, or every source has a token budget."""
+    both = [table.name for table in tables if table.weight is not None and table.tokens is not None]
+    neither = [table.name for table in tables if table.weight is None and table.tokens is None]
+    weighed, budgeted = ([table.name for table in tables if getattr(table, key) is not None] for key in ("weight", "tokens"))
+    if both or neither or (weighed and budgeted):
+        named = "; ".join(f"{word}: {', '.join(names)}" for word, names in (("weight", weighed), ("tokens", budgeted), ("neither", neither)) if names)
+        raise UserError(f"{path}: shares come from weights or from token budgets: give every source a weight, or every source tokens; found {named}")
+
+
+def _source(folder: Path, table: _SourceTable) -> BlendSource:
+    weight = float(table.tokens) if table.weight is None else table.weight  # type: ignore[arg-type]  # one of them is given: _check_shares
+    validation = folder / table.validation if table.validation else None
+    return BlendSource(table.name, table.domain, weight, folder / table.train, validation, table.tokens, table.max_epochs)
 
 
 def write_blend(path: Path, blend: Blend) -> Path:
@@ -93,6 +115,8 @@ def write_blend(path: Path, blend: Blend) -> Path:
     tables = []
     for source in blend.sources:
         folders = {split: getattr(source, split).relative_to(path.parent).as_posix() for split in ("train", "validation") if getattr(source, split)}
-        tables.append({"name": source.name, "domain": source.domain, "weight": source.weight, **folders})
+        share = {"weight": source.weight} if source.tokens is None else {"tokens": source.tokens}
+        limit = {} if source.max_epochs is None else {"max_epochs": source.max_epochs}
+        tables.append({"name": source.name, "domain": source.domain, **share, **limit, **folders})
     artifact.write_atomic(path, tomli_w.dumps({"seed": blend.seed, "source": tables}))
     return path

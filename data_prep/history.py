@@ -195,7 +195,7 @@ def go_on(then: Table, now: Table, first_sample: int, on_change: OnChange) -> Co
         )
     assert records[-1]["first_sample"] <= first_sample, (records[-1], first_sample)
     kept = [record for record in records if record["first_sample"] < first_sample]
-    return Continuation([*kept, {"first_sample": first_sample, "sources": now["sources"]}], movable)
+    return Continuation([*kept, {"first_sample": first_sample, "sources": now["sources"], "changes": movable}], movable)
 
 
 def consumption(records: Sequence[Table], num_samples: int, seq_len: int) -> dict[str, Table]:

@@ -96,6 +96,12 @@ def _check_free(folder: Path, kind: str, config: BaseModel, parents: Sequence[Pa
         raise UserError(f"{folder} is a finished {kind} of another request ({_few(changed)}); choose another output or remove the folder")
 
 
+def annotate(folder: Path, **facts: Any) -> None:
+    """Add facts to the provenance of an artifact that is being made."""
+    assert not is_complete(folder), f"{folder} is finished"
+    write_atomic(folder / PROVENANCE, json.dumps({**_read_json(folder / PROVENANCE), **facts}, indent=2) + "\n")
+
+
 def complete(folder: Path) -> str:
     """Write COMPLETE: the size of every file, and the folder's digest (returned), a sha256 that children record as their parent's hash.
 

@@ -3,7 +3,7 @@
     RUN/checkpoints/step_00000100/    an artifact of kind "checkpoint"
       sharded/      torch_dist: weights, optimizer state, random number states; any layout can load it
       hf/           config.json and tokenizer of the model, as at import
-      state.json    step, samples and tokens consumed, data fingerprint, layout
+      state.json    step, samples and tokens consumed, in all and by source; data fingerprint and plans; layout
       COMPLETE      written last; a folder without it is never read
 
 Owns: saving (all ranks), loading, and keeping the newest N; `run_folder` finds them. Refuses: newer schemas, silently changed data.
@@ -25,19 +25,17 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from pydantic import BaseModel
 
 from megatron_prism import artifact
+from megatron_prism.data_prep.history import Continuation, OnChange, go_on
 from megatron_prism.engine.mcore import load_sharded, save_sharded
 from megatron_prism.engine.model import unwrap
 from megatron_prism.engine.optimizer_state import OptimizerState
 from megatron_prism.engine.parallel import Mesh
-from megatron_prism.engine.run_folder import complete_steps, step_folder
+from megatron_prism.engine.run_folder import STATE, STATE_SCHEMA_VERSION, complete_steps, read_state, step_folder
 from megatron_prism.engine.step import Engine
-from megatron_prism.errors import UserError
 
 logger = logging.getLogger(__name__)
-STATE = "state.json"
 SHARDED = "sharded"
 HF = "hf"
-STATE_SCHEMA_VERSION = 1
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
 
@@ -49,7 +47,9 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
-    """fingerprint of the blend: seed, seq_len, and each source's name, weight and digest"""
+    """fingerprint of the blend: seed, seq_len, packing, name, weight, digest, tokens of each source; and all plans so far (`data_prep.history`)"""
+    consumed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """samples, tokens and epochs taken of every source so far, also of those that left"""
 
 
 def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseModel, parents: Sequence[Path]) -> Path:
@@ -102,41 +102,9 @@ def load_all(engine: Engine, checkpoint: Path) -> Progress:
     return Progress(**saved["progress"])
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a training checkpoint. Errors: UserError for one that was only converted, or of a newer schema."""
-    if not (checkpoint / STATE).is_file():
-        raise UserError(f"{checkpoint} holds a model but no training state; start from it with model.load='weights'")
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if state["schema_version"] > STATE_SCHEMA_VERSION:
-        raise UserError(
-            f"{checkpoint / STATE} has schema {state['schema_version']}, this version reads up to {STATE_SCHEMA_VERSION}; upgrade megatron-prism"
-        )
-    return state
-
-
-def check_data(progress: Progress, fingerprint: dict[str, Any]) -> None:
-    """Refuse to go on over other data than the checkpoint saw, naming what changed. Errors: UserError."""
-    changes = [
-        f"{name} was {progress.data.get(name)!r}, now {fingerprint[name]!r}"
-        for name in ("seed", "seq_len", "mask_end_of_document")
-        if progress.data.get(name) != fingerprint[name]
-    ]
-    then, now = ({source["name"]: source for source in data["sources"]} for data in (progress.data, fingerprint))
-    changes += [f"source {name} is gone" for name in then.keys() - now.keys()] + [f"source {name} is new" for name in now.keys() - then.keys()]
-    if then.keys() == now.keys() and list(then) != list(now):  # ties between sources are settled by their order
-        changes.append(f"the order of the sources was {list(then)}, now {list(now)}")
-    for name in then.keys() & now.keys():
-        changes += [
-            f"source {name}: {key} was {then[name][key]!r}, now {now[name][key]!r}"
-            for key in ("weight", "digest")
-            if then[name][key] != now[name][key]
-        ]
-    if changes:
-        raise UserError(
-            "the data changed since the checkpoint, so samples would be lost or repeated:\n  "
-            + "\n  ".join(changes)
-            + "\nrestore the blend, or start a new run from the checkpoint with model.load='weights'"
-        )
+def check_data(progress: Progress, fingerprint: dict[str, Any], on_change: OnChange = "refuse") -> Continuation:
+    """The plans that a run goes on under. Errors: UserError naming what changed since the checkpoint, where it must not or nobody asked for it."""
+    return go_on(progress.data, fingerprint, progress.samples, on_change)
 
 
 def prune(run: Path, keep_last: int | None, keep_every: int | None) -> None:

@@ -19,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_prism.data_prep.blend import Blend
+from megatron_prism.data_prep.history import from_records
 from megatron_prism.data_prep.manifest import Manifest, ReadCheck, check_one_tokenizer, verify
 from megatron_prism.data_prep.sampler import Sampler
 from megatron_prism.engine.device import CPU
@@ -39,7 +40,6 @@ class MicroBatch:
     loss_mask: Tensor
     sources: Tensor
 
-    def pinned(self) -> "MicroBatch":
     @property
     def copied(self) -> tuple[str, ...]:
         """What differs from batch to batch, and is copied to the device with it."""
@@ -50,6 +50,7 @@ class MicroBatch:
         """Where documents end that see themselves alone; None: every row is one."""
         return None
 
+    def pinned(self) -> "MicroBatch":
         """The same batch in memory that a GPU reads by itself, but for the positions, which `to` takes from the device."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in self.copied})
 
@@ -100,9 +101,9 @@ class SampleReader:
             "seed": blend.seed,
             "seq_len": seq_len,
             "mask_end_of_document": mask_end_of_document,
-            "sources": [
             "packing": None,
-                {"name": source.name, "weight": source.weight, "digest": manifest.digest()}
+            "sources": [
+                {"name": source.name, "weight": source.weight, "digest": manifest.digest(), "tokens": manifest.num_tokens}
                 for source, manifest in zip(chosen, manifests, strict=True)
             ],
         }
@@ -113,8 +114,12 @@ class SampleReader:
         self._ahead_of: tuple[int, int, torch.device] | None = None
         self._waited_seconds = 0.0
 
-    def tokens(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
+    def follow(self, records: list[dict[str, Any]]) -> None:
+        """Serve the samples of a run's recorded plans (`data_prep.history`), of which the last is this blend's; before the first step."""
+        self.sampler.follow(from_records(records))
+        self.fingerprint["history"] = records
 
+    def tokens(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
         """The seq_len + 1 tokens of a sample, int64, and its place in the blend."""
         row = np.empty(self.seq_len + 1, np.int64)
         return row, self._read_into(row, index)

@@ -16,14 +16,15 @@ import torch.distributed as dist
 
 from megatron_prism import artifact
 from megatron_prism.data_prep.blend import load_blend
+from megatron_prism.data_prep.history import consumption, recorded
 from megatron_prism.engine import checkpoint, device, parallel, recipe, run_folder
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.metrics import MetricsLog
 from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
-from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.packed_data import PackedReader, open_reader
+from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import Engine, StepReport, evaluate_step, train_step
@@ -130,11 +131,12 @@ def build_run(cfg: TrainConfig) -> Run:
     progress = _starting_point(cfg, engine, data)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
     run = Run(cfg, model_config, engine, data, held_out, parents, progress, log)
+    _record_plans(log, data, cfg.output, progress.samples)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
-    return run
-
     if mesh.rank == 0 and isinstance(data, PackedReader):
         log.say(data.describe())
+    return run
+
 
 def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place: torch.device) -> Engine:
     """The model of a recipe with random weights, wrapped, and its optimizer: what `prism train` and `prism bench` both step."""
@@ -168,8 +170,18 @@ def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader) -> Pro
         if cfg.model.checkpoint is not None:
             checkpoint.load_weights(engine, run_folder.resolve(cfg.model.checkpoint))
         return Progress(data=data.fingerprint)
-    checkpoint.check_data(progress, data.fingerprint)
+    data.follow(checkpoint.check_data(progress, data.fingerprint, cfg.data.on_change).records)
     return progress
+
+
+def _record_plans(log: MetricsLog, data: SampleReader, folder: Path, samples: int) -> None:
+    """Keep the plans of the data in the run's provenance, and say so where another one begins here. Rank 0."""
+    if not log.enabled:
+        return
+    records = recorded(data.fingerprint)
+    artifact.annotate(folder, data_plans=records)
+    if len(records) > 1 and records[-1]["first_sample"] == samples:
+        log.say(f"another plan of the data from sample {samples} on: {'; '.join(records[-1]['changes'])}")
 
 
 def _carry_model_files(cfg: TrainConfig) -> None:
@@ -255,7 +267,9 @@ def _validate(run: Run) -> None:
 
 def _save(run: Run) -> None:
     begun = time.perf_counter()
-    run.progress.data = run.data.fingerprint
+    records = recorded(run.data.fingerprint)
+    run.progress.data = {**run.data.fingerprint, "history": records}
+    run.progress.consumed = consumption(records, run.progress.samples, run.cfg.data.seq_len)
     folder = checkpoint.save(run.engine, run.cfg.output, run.progress, run.cfg.output / HF_FILES, run.cfg, run.parents)
     checkpoint.prune(run.cfg.output, run.cfg.checkpoint.keep_last, run.cfg.checkpoint.keep_every)
     seconds = time.perf_counter() - begun

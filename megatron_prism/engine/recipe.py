@@ -65,6 +65,8 @@ class DataSection(Block):
     """tokens per sequence"""
     mask_end_of_document: bool = False
     """leave out the loss of the token after each end of document"""
+    on_change: Literal["refuse", "replan"] = "refuse"
+    """when the blend is another than the checkpoint's. replan: go on under its weights and sources from there, every source where it stood"""
     packing: PackingSection | None = None
     """none: documents follow each other, cut every seq_len tokens"""
 
@@ -165,8 +167,6 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
-    def _exports_have_checkpoints(self) -> "TrainConfig":
-    @model_validator(mode="after")
     def _packing_fits_the_layout(self) -> "TrainConfig":
         packing, cp = self.data.packing, self.parallel.cp
         if packing is None:
@@ -181,6 +181,8 @@ class TrainConfig(Block):
             raise ValueError(f"parallel.cp={cp} with data.packing is not implemented: documents are not cut over ranks; use cp=1 or packing=none")
         return self
 
+    @model_validator(mode="after")
+    def _exports_have_checkpoints(self) -> "TrainConfig":
         export, save = self.export, self.checkpoint.save_interval
         if export is not None and export.interval is not None and (save is None or export.interval % save):
             raise ValueError(

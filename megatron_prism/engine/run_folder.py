@@ -1,11 +1,16 @@
-"""Where the checkpoints of a training run lie, and which of them may be read. No torch here: recipes are checked with it too."""
+"""Where the checkpoints of a training run lie, which of them may be read, and what they say. No torch here: recipes are checked with it too."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from megatron_prism import artifact
 from megatron_prism.errors import UserError
 
 CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+STATE_SCHEMA_VERSION = 2
+"""2: with the plans of the data so far, and what was taken of each source"""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -33,3 +38,15 @@ def resolve(path: Path) -> Path:
         path = found
     artifact.require(path, "checkpoint")
     return path
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a training checkpoint. Errors: UserError for one that was only converted, or of a newer schema."""
+    if not (checkpoint / STATE).is_file():
+        raise UserError(f"{checkpoint} holds a model but no training state; start from it with model.load='weights'")
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if state["schema_version"] > STATE_SCHEMA_VERSION:
+        raise UserError(
+            f"{checkpoint / STATE} has schema {state['schema_version']}, this version reads up to {STATE_SCHEMA_VERSION}; upgrade megatron-prism"
+        )
+    return state

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_prism import families
 from megatron_prism.config import merge, validate
-from megatron_prism.engine import recipe, run_folder
+from megatron_prism.engine import data_plan, recipe, run_folder
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import choices, cost, layout, parameters
@@ -63,6 +63,8 @@ def describe_recipe(path: Path, overrides: Sequence[str], model: str | None, gpu
     """The dry run of a training recipe, and whether it fits; the model's checkpoint and the data need not exist yet when `model` names the shape."""
     cfg, shape, plan = plan_recipe(path, overrides, model, gpus, seq_len)
     text = cost.describe_run(shape, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training)
+    if cfg.data.blend.exists():
+        text += f"\n{data_plan.describe(cfg)}"
     if memory_gib is None:
         return text
     return f"{text}\nmemory       {choices.verdict(cost.memory(shape, plan, cfg.data.seq_len, cfg.training), memory_gib)}"

@@ -7,6 +7,7 @@ An output folder that was begun by the same recipe is taken up at its newest com
 import os
 from pathlib import Path
 
+from megatron_prism.engine import data_plan
 from megatron_prism.engine.recipe import TrainConfig, check, parents
 from megatron_prism.planning import cost
 
@@ -16,15 +17,17 @@ Config = TrainConfig
 
 
 def dry_run(cfg: TrainConfig) -> None:
-    """Print mesh, parameters, bytes per rank by kind, tokens and FLOPs; for the ranks of this launch (WORLD_SIZE), else the fewest that fit."""
+    """Print mesh, parameters, bytes per rank by kind, tokens, FLOPs, and what each source of data gives; for WORLD_SIZE ranks, else the fewest."""
     world_size = int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
     model, plan = check(cfg, world_size)
     print(cost.describe_run(model, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training))
+    print(data_plan.describe(cfg))
 
 
 def run(cfg: TrainConfig) -> Path:
     """Train, on every rank of the launch; returns the run's folder."""
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    data_plan.check(cfg)
     from megatron_prism.engine import loop, parallel
 
     try:

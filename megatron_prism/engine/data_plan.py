@@ -1,0 +1,45 @@
+"""What a recipe's run will take of its data, known before torch is imported: the plans it goes on under, the table, the limits on epochs."""
+
+from typing import Any
+
+from megatron_prism.data_prep import budgets
+from megatron_prism.data_prep.blend import Blend, load_blend
+from megatron_prism.data_prep.history import go_on, recorded
+from megatron_prism.data_prep.manifest import Manifest
+from megatron_prism.engine import run_folder
+from megatron_prism.engine.recipe import TrainConfig
+
+
+def check(cfg: TrainConfig) -> budgets.Budget:
+    """What the run takes of each source. Errors: UserError for data that changed since the run's checkpoint, and for a source read too often."""
+    blend = load_blend(cfg.data.blend)
+    manifests = blend.manifests()
+    records, done = _plans(cfg, blend, manifests)
+    sizes = [manifest.num_tokens for manifest in manifests]
+    budget = budgets.count(blend, sizes, records, done, cfg.steps * cfg.global_batch, cfg.data.seq_len)
+    budgets.check_epochs(budget, cfg.global_batch)
+    return budget
+
+
+def describe(cfg: TrainConfig) -> str:
+    """The table of the run's sources. Errors: as for `check`."""
+    return budgets.describe(check(cfg))
+
+
+def _plans(cfg: TrainConfig, blend: Blend, manifests: list[Manifest]) -> tuple[list[dict[str, Any]], int]:
+    """The plans of the run, and the samples that are behind it.
+
+    Options that only the training loop knows are taken as unchanged here: it compares them itself when the run starts.
+    """
+    sources = [
+        {"name": source.name, "weight": source.weight, "digest": manifest.digest(), "tokens": manifest.num_tokens}
+        for source, manifest in zip(blend.sources, manifests, strict=True)
+    ]
+    now = {"seed": blend.seed, "seq_len": cfg.data.seq_len, "mask_end_of_document": cfg.data.mask_end_of_document, "sources": sources}
+    checkpoint = run_folder.newest(cfg.output)
+    if checkpoint is None and cfg.model.checkpoint is not None and cfg.model.load == "all":
+        checkpoint = run_folder.resolve(cfg.model.checkpoint)
+    if checkpoint is None:
+        return recorded(now), 0
+    progress = run_folder.read_state(checkpoint)["progress"]
+    return go_on(progress["data"], {**progress["data"], **now}, progress["samples"], cfg.data.on_change).records, progress["samples"]
