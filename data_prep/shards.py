@@ -85,7 +85,7 @@ def open_tables(path: Path) -> Tables:
     if size < HEADER.size:
         raise UserError(f"{path} has {size} bytes, an index has at least {HEADER.size}: it was cut short; prepare the data again")
     data = np.memmap(path, np.uint8, "r")
-    magic, version, code, sequences, documents = HEADER.unpack_from(data)
+    magic, version, code, sequences, documents = HEADER.unpack(data[: HEADER.size].tobytes())
     names = {code: name for name, code in DTYPE_CODES.items()}
     if magic != MAGIC:
         raise UserError(f"{path} is no index of token ids (it begins with {magic!r}, not {MAGIC!r}); give shards of Megatron's format")

@@ -107,6 +107,11 @@ def prep(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> No
     _run_stage("prep", words, dry_run, keys)
 
 
+@app.command(help=stages.STAGES["adopt"])
+def adopt(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
+    _run_stage("adopt", words, dry_run, keys)
+
+
 @app.command(help=stages.STAGES["train"])
 def train(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
     _run_stage("train", words, dry_run, keys)
