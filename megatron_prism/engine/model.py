@@ -24,7 +24,7 @@ from megatron_prism.engine.device import fp8_obstacle, has_transformer_engine
 from megatron_prism.engine.layer_specs import dense_spec, hybrid_spec
 from megatron_prism.engine.mcore import gradient_fusion_without_apex
 from megatron_prism.engine.parallel import Mesh
-from megatron_prism.engine.rope import inverse_frequencies
+from megatron_prism.engine.rope import OneTable, inverse_frequencies
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.kernels.linear_cross_entropy import linear_cross_entropy
@@ -116,6 +116,7 @@ class LanguageModel(LanguageModule):
         self.embedding_multiplier, self.logits_scaling = model.embedding_multiplier, model.logits_scaling
         if model.position_embedding == "rope":
             rotary: Any = self.rotary_pos_emb
+            rotary.__class__ = OneTable
             rotary.inv_freq = inverse_frequencies(model).to(rotary.inv_freq.device)
 
     def forward(

@@ -1,8 +1,11 @@
-"""Inverse frequencies of rotary embeddings, equal to transformers' (`modeling_rope_utils`), for every kind that `RopeScaling` names."""
+"""Inverse frequencies of rotary embeddings, equal to transformers' (`modeling_rope_utils`), for every kind that `RopeScaling` names; and one table
+of angles for all lengths of packed documents.
+"""
 
 import math
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 from megatron_prism.families.model_config import ModelConfig, RopeScaling
@@ -31,3 +34,20 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     mixed = (1 - share_kept) * stretched / scaling.factor + share_kept * stretched
     between = (wavelengths >= shortest) & (wavelengths <= longest)
     return torch.where(between, mixed, stretched)
+
+
+class OneTable(RotaryEmbedding):
+    """megatron-core's rotary embedding, whose shorter tables are the head of one long one.
+
+    It keeps the tables of its last 32 lengths; packed documents bring another longest length each time, and 32 tables of 131,072 positions are 2 GiB.
+    """
+
+    _table: Tensor | None = None
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        """Angles [max_seq_len, 1, 1, d]; a longer table is made to the next power of two."""
+        if offset:
+            return super().get_emb(max_seq_len, offset)
+        if self._table is None or len(self._table) < max_seq_len:
+            self._table = super().get_emb(1 << (max_seq_len - 1).bit_length())
+        return self._table[:max_seq_len]
