@@ -74,8 +74,12 @@ def count(blend: Blend, sizes: Sequence[int], records: Sequence[dict[str, Any]],
     return Budget(tuple(rows), history, done, num_samples, seq_len, in_tokens)
 
 
-def check_epochs(budget: Budget, global_batch: int) -> None:
+def check_epochs(budget: Budget, global_batch: int, steps_done: int = 0) -> None:
     """Refuse a run that reads a source beyond its `max_epochs`. Errors: UserError with the numbers, and what would fit."""
+
+    def steps(samples: int) -> int:
+        return steps_done + (samples - budget.done) // global_batch
+
     over = [row for row in budget.rows if _is_over(row, row.total, budget.seq_len)]
     if not over:
         return
@@ -85,9 +89,9 @@ def check_epochs(budget: Budget, global_batch: int) -> None:
         for row in over
     ]
     raise UserError(
-        f"the run of {budget.num_samples // global_batch:,} steps would read a source more often than the blend allows:\n  "
+        f"the run of {steps(budget.num_samples):,} steps would read a source more often than the blend allows:\n  "
         + "\n  ".join(lines)
-        + f"\n{_advice(budget)}steps={_most_samples(budget) // global_batch} at most under these weights; or raise max_epochs"
+        + f"\n{_advice(budget)}steps={steps(_most_samples(budget))} at most under these weights; or raise max_epochs"
     )
 
 

@@ -81,10 +81,13 @@ class Sampler:
 
     def sample(self, index: int) -> Sample:
         """Sample `index` (from 0) of the blend."""
+        source, ordinal = self.turn(index)
+        return Sample(source, self.spans(source, ordinal))
+
+    def turn(self, index: int) -> tuple[int, int]:
+        """Which source serves sample `index`, and which sample of that source it is; quick where indices lie close together."""
         sources, ordinals = self._block(index // SCHEDULE_BLOCK)
-        place = index % SCHEDULE_BLOCK
-        source = int(sources[place])
-        return Sample(source, self.spans(source, int(ordinals[place])))
+        return int(sources[index % SCHEDULE_BLOCK]), int(ordinals[index % SCHEDULE_BLOCK])
 
     def counts(self, num_samples: int) -> Int64:
         """How many of the first `num_samples` samples come from each source of `names`: exact, in the time of one window."""

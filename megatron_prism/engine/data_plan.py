@@ -14,10 +14,11 @@ def check(cfg: TrainConfig) -> budgets.Budget:
     """What the run takes of each source. Errors: UserError for data that changed since the run's checkpoint, and for a source read too often."""
     blend = load_blend(cfg.data.blend)
     manifests = blend.manifests()
-    records, done = _plans(cfg, blend, manifests)
+    records, steps, samples = _plans(cfg, blend, manifests)
     sizes = [manifest.num_tokens for manifest in manifests]
-    budget = budgets.count(blend, sizes, records, done, cfg.steps * cfg.global_batch, cfg.data.seq_len)
-    budgets.check_epochs(budget, cfg.global_batch)
+    num_samples = samples + (cfg.steps - steps) * cfg.global_batch
+    budget = budgets.count(blend, sizes, records, samples, num_samples, cfg.data.seq_len)
+    budgets.check_epochs(budget, cfg.global_batch, steps)
     return budget
 
 
@@ -26,8 +27,8 @@ def describe(cfg: TrainConfig) -> str:
     return budgets.describe(check(cfg))
 
 
-def _plans(cfg: TrainConfig, blend: Blend, manifests: list[Manifest]) -> tuple[list[dict[str, Any]], int]:
-    """The plans of the run, and the samples that are behind it.
+def _plans(cfg: TrainConfig, blend: Blend, manifests: list[Manifest]) -> tuple[list[dict[str, Any]], int, int]:
+    """The plans of the run, and the steps and samples that are behind it.
 
     Options that only the training loop knows are taken as unchanged here: it compares them itself when the run starts.
     """
@@ -40,6 +41,7 @@ def _plans(cfg: TrainConfig, blend: Blend, manifests: list[Manifest]) -> tuple[l
     if checkpoint is None and cfg.model.checkpoint is not None and cfg.model.load == "all":
         checkpoint = run_folder.resolve(cfg.model.checkpoint)
     if checkpoint is None:
-        return recorded(now), 0
+        return recorded(now), 0, 0
     progress = run_folder.read_state(checkpoint)["progress"]
-    return go_on(progress["data"], {**progress["data"], **now}, progress["samples"], cfg.data.on_change).records, progress["samples"]
+    records = go_on(progress["data"], {**progress["data"], **now}, progress["samples"], cfg.data.on_change).records
+    return records, progress["step"], progress["samples"]

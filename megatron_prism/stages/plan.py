@@ -64,10 +64,18 @@ def describe_recipe(path: Path, overrides: Sequence[str], model: str | None, gpu
     cfg, shape, plan = plan_recipe(path, overrides, model, gpus, seq_len)
     text = cost.describe_run(shape, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training)
     if cfg.data.blend.exists():
-        text += f"\n{data_plan.describe(cfg)}"
+        text += f"\n{_data(cfg)}"
     if memory_gib is None:
         return text
     return f"{text}\nmemory       {choices.verdict(cost.memory(shape, plan, cfg.data.seq_len, cfg.training), memory_gib)}"
+
+
+def _data(cfg: recipe.TrainConfig) -> str:
+    """The table of the run's sources, or why there is none yet: a plan may come before the data."""
+    try:
+        return data_plan.describe(cfg)
+    except UserError as error:
+        return f"data         {error}"
 
 
 def plan_recipe(

@@ -16,6 +16,8 @@ from megatron_prism import artifact
 from megatron_prism.config import load_recipe
 from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.data_prep.history import History, Segment
+from megatron_prism.data_prep.packed_sampler import PackedSampler
+from megatron_prism.data_prep.packing import PackingOptions
 from megatron_prism.data_prep.sampler import Sampler
 from megatron_prism.engine import checkpoint, loop, parallel, run_folder
 from megatron_prism.engine.data import SampleReader
@@ -67,6 +69,18 @@ def test_no_document_is_repeated_or_skipped_within_its_epoch_over_any_changes(nu
             assert len(epoch) < total or len(set(epoch)) == total
         alone = Sampler([lengths[source]], [1.0], seq_len, 3, [name])
         assert found == tokens_of(alone, range(len(found) // seq_len), 0), (name, "its stream was broken")
+
+
+def test_buffers_of_packed_documents_go_on_too():
+    names, generator = ["b", "a"], np.random.default_rng(3)
+    lengths = {name: generator.integers(1, 20, 40) for name in names}
+    options = PackingOptions(seq_len=32)
+    history = History([Segment(0, {"a": 3.0, "b": 1.0}), Segment(20, {"a": 1.0}), Segment(50, {"b": 2.0, "a": 1.0})])
+    packed = PackedSampler(Sampler([lengths[name] for name in names], history, 32, 3, names), [lengths[name] for name in names], options, 10, 3)
+    for source, name in enumerate(names):
+        alone = PackedSampler(Sampler([lengths[name]], [1.0], 32, 3, [name]), [lengths[name]], options, 10, 3)
+        found = [sample.spans for sample in (packed.sample(index) for index in range(80)) if sample.source == source]
+        assert found == [alone.sample(index).spans for index in range(len(found))] and len(found) > 20
 
 
 def config(root: Path, output: Path, **settings: Any) -> TrainConfig:
