@@ -12,12 +12,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import zstandard
 
+from megatron_prism.data_prep.cleaning.filters import Filters
 from megatron_prism.data_prep.formats import BadRecordError, Cut, Messages, Rule, decode, string, type_name
 from megatron_prism.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prism.data_prep.cleaning.decisions import Decisions
 
 EXCERPT_CHARACTERS = 200
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -36,10 +40,12 @@ class Bad(NamedTuple):
 @dataclass
 class Documents:
     """What one chunk holds. lines: of the input it covers; bad: the first few bad records; reasons: how many there are of each kind;
-    dropped: records that a rule turned away, by rule."""
+    dropped: records that a rule turned away, by rule; candidates: documents before `decisions`; places: (input, line) of each text, as in Bad."""
 
     texts: list[str] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    candidates: int = 0
     lines: int = 0
     records: int = 0
     blank: int = 0
@@ -51,7 +57,7 @@ class Documents:
 
 class Extract(NamedTuple):
     """How a document is made of a record: one column, a format with {column} names, or turns. keep_bad: how many bad records to describe;
-    rules, cut, min_characters: which records are dropped, in this order."""
+    rules, cut, min_characters, filters, decisions: which records are dropped, in this order."""
 
     column: str
     format: str | None
@@ -60,6 +66,8 @@ class Extract(NamedTuple):
     rules: tuple[Rule, ...] = ()
     cut: Cut | None = None
     min_characters: int | None = None
+    filters: Filters | None = None
+    decisions: "Decisions | None" = None
 
     def dropped_by(self, record: Any) -> str | None:
         """The first rule that turns the record away, before its text is made. Raises BadRecordError."""
@@ -71,6 +79,12 @@ class Extract(NamedTuple):
             if not rule.keeps(record):
                 return rule.name
         return self.cut.name if self.cut is not None and not self.cut.keeps(record) else None
+
+    def refused_by(self, text: str) -> str | None:
+        """The first rule that turns a document away by its text."""
+        if self.min_characters and len(text) < self.min_characters:
+            return f"shorter than {self.min_characters} characters"
+        return self.filters.dropped_by(text) if self.filters is not None else None
 
     def text(self, record: Any) -> str:
         """The document of a str, a dict, or UTF-8 bytes. Raises BadRecordError."""
@@ -138,8 +152,11 @@ def _take(found: Documents, extract: Extract, input_number: int, line: int, reco
         if len(found.bad) < max(1, extract.keep_bad):
             found.bad.append(Bad(input_number, line, reason, _excerpt(record)))
         return
-    if rule is None and extract.min_characters and text and not text.isspace() and len(text) < extract.min_characters:
-        rule = f"shorter than {extract.min_characters} characters"
+    if rule is None and text and not text.isspace() and (rule := extract.refused_by(text)) is None:
+        if extract.decisions is not None:
+            rule, kept = extract.decisions.of(found.candidates, text)
+            text, size = kept, size if kept is text else _utf8_bytes(kept)
+        found.candidates += 1
     if rule is not None:
         found.dropped[rule] += 1
     elif not text or text.isspace():
@@ -147,6 +164,7 @@ def _take(found: Documents, extract: Extract, input_number: int, line: int, reco
     else:
         found.texts.append(text)
         found.text_bytes.append(size)
+        found.places.append((input_number, line))
 
 
 def _utf8_bytes(text: str) -> int:

@@ -1,5 +1,6 @@
 """Text to shards: one process reads and writes in order, a pool of workers parses and tokenises.
 
+    cleaning.prepass, where the recipe asks for it, reads everything once before
     inputs.chunks --> workers: documents.read_chunk + tokenizer --> source_writer, in the order of the chunks --> shards, manifests, blend
 
 Order is what makes the output a function of the recipe alone: workers only change the time it takes.
@@ -23,13 +24,14 @@ from typing import Any
 from megatron_prism import artifact
 from megatron_prism.data_prep import inputs, worker
 from megatron_prism.data_prep.blend import BLEND, Blend, BlendSource, write_blend
+from megatron_prism.data_prep.cleaning import prepass
+from megatron_prism.data_prep.cleaning.prepass import Cleaner
 from megatron_prism.data_prep.inputs import Chunk, Input
 from megatron_prism.data_prep.journal import Journal
 from megatron_prism.data_prep.manifest import load_manifest
 from megatron_prism.data_prep.progress import Reporter
 from megatron_prism.data_prep.settings import PrepConfig
 from megatron_prism.data_prep.source_writer import SourceReport, SourceWriter
-from megatron_prism.data_prep.sources.selection import Selector
 from megatron_prism.data_prep.tokenizer import Tokenizer, prepare_tokenizer
 from megatron_prism.data_prep.worker import Tokenized
 from megatron_prism.errors import UserError
@@ -62,6 +64,7 @@ def identity(config: PrepConfig, found: dict[str, list[Input]], tokenizer: Token
         "tokenizer": {"hash": tokenizer.hash, "end_of_document": tokenizer.end_of_document},
         "inputs": {name: {file.path: file._asdict() for file in files} for name, files in found.items()},
         "format": {"chunk_bytes": inputs.CHUNK_BYTES, "chunk_records": inputs.CHUNK_RECORDS},
+        **prepass.identity(config),
     }
 
 
@@ -72,10 +75,12 @@ def prepare(config: PrepConfig) -> Result:
     """
     found = find_all_inputs(config)
     journal, tokenizer, resumed = _begin(config, found)
+    cleaner = Cleaner(config, found)
+    cleaner.run(config.workers or _cores())
     writers = [SourceWriter(config, source, found[source.name], tokenizer, journal) for source in config.source]
     with Reporter(sum(file.bytes for files in found.values() for file in files), resumed) as reporter:
         started = time.perf_counter()
-        _tokenise_all(config, tokenizer, writers, reporter)
+        _tokenise_all(config, tokenizer, writers, cleaner, reporter)
         seconds = max(time.perf_counter() - started, 1e-9)
     reports = tuple(writer.write_manifests() for writer in writers)
     _write_blend(config, reports)
@@ -98,7 +103,7 @@ def _begin(config: PrepConfig, found: dict[str, list[Input]]) -> tuple[Journal, 
     return journal, tokenizer, resumed
 
 
-def _tokenise_all(config: PrepConfig, tokenizer: Tokenizer, writers: list[SourceWriter], reporter: Reporter) -> None:
+def _tokenise_all(config: PrepConfig, tokenizer: Tokenizer, writers: list[SourceWriter], cleaner: Cleaner, reporter: Reporter) -> None:
     unfinished = [writer for writer in writers if not writer.progress.finished]
     for writer in writers:
         reporter.skip(_bytes_done(writer))
@@ -106,7 +111,7 @@ def _tokenise_all(config: PrepConfig, tokenizer: Tokenizer, writers: list[Source
         return
     workers = config.workers or _cores()
     try:
-        with _pool(workers, tokenizer) as pool, closing(_in_order(pool, _tasks(unfinished), workers)) as results:
+        with _pool(workers, tokenizer) as pool, closing(_in_order(pool, _tasks(unfinished), workers, cleaner)) as results:
             for writer, chunk, result in results:
                 if result is None:
                     writer.finish()
@@ -142,19 +147,17 @@ def _tasks(writers: list[SourceWriter]) -> Iterator[Task]:
         yield writer, None
 
 
-def _in_order(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int) -> Generator[tuple[SourceWriter, Any, Tokenized | None]]:
+def _in_order(
+    pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int, cleaner: Cleaner
+) -> Generator[tuple[SourceWriter, Any, Tokenized | None]]:
     """Run the tasks on the pool and give their results in the tasks' order, with a bounded number under way."""
     waiting: deque[tuple[Task, Future[Tokenized] | None]] = deque()
-    selectors: dict[str, Selector] = {}
     try:
         for task in tasks:
             writer, chunk = task
             future = None
             if chunk is not None:
-                name = writer.source.name
-                if name not in selectors:
-                    selectors[name] = Selector(writer.source, writer.inputs, writer.config.bad_samples)
-                future = pool.submit(worker.tokenise, chunk.kind, chunk.payload, selectors[name].extract_for(chunk))
+                future = pool.submit(worker.tokenise, chunk.kind, chunk.payload, cleaner.extract_for(writer.source, chunk))
                 chunk = chunk._replace(payload=None)
             waiting.append(((writer, chunk), future))
             while len(waiting) > CHUNKS_AHEAD_PER_WORKER * workers:
@@ -192,7 +195,7 @@ def input_changes(config: PrepConfig) -> list[str]:
         before = {file["path"]: file for file in load_manifest(config.output / name / "train").inputs}
         now = {file.path: file._asdict() for file in files}
         changed += [path for path in sorted(before.keys() | now.keys()) if before.get(path) != now.get(path)]
-    return changed
+    return changed + prepass.changed_ngrams(config)
 
 
 def finish(config: PrepConfig) -> None:

@@ -16,7 +16,7 @@ console = Console()
 class Reporter:
     """Progress by bytes of input (unknown for functions: the bar then shows the counts alone)."""
 
-    def __init__(self, input_bytes: int, resumed: bool):
+    def __init__(self, input_bytes: int, resumed: bool, work: str = "tokenising"):
         self.documents = self.tokens = self.text_bytes = 0
         self._done, self._total = 0, input_bytes
         self._started = self._logged = time.perf_counter()
@@ -29,7 +29,7 @@ class Reporter:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("taken up again" if resumed else "tokenising", total=input_bytes or None, rate="")
+        self._task = self._bar.add_task(f"{work}, taken up again" if resumed else work, total=input_bytes or None, rate="")
 
     def __enter__(self) -> "Reporter":
         self._bar.start()
@@ -54,6 +54,7 @@ class Reporter:
             console.print(f"{self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB of input, {self.rate()}", highlight=False)
 
     def rate(self) -> str:
-        """Documents, text and tokens per second since the start."""
+        """Documents, text and, where there are any, tokens per second since the start."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        return f"{self.documents / seconds:,.0f} documents/s, {self.text_bytes / seconds / 1e6:,.1f} MB/s, {self.tokens / seconds:,.0f} tokens/s"
+        tokens = f", {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        return f"{self.documents / seconds:,.0f} documents/s, {self.text_bytes / seconds / 1e6:,.1f} MB/s{tokens}"

@@ -7,10 +7,88 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_prism.config import Block, NonNegative, Positive, PositiveFloat
+from megatron_prism.data_prep.cleaning.filters import Filters
 from megatron_prism.data_prep.sources.recipe import DatasetConfig, TextConfig, source_columns, with_recipe
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED_NAMES = ("tokenizer",)
+
+
+class FilterConfig(Block):
+    """Limits on a document's text; each drops on its own, and is counted. All are off by default."""
+
+    min_characters: Positive | None = None
+    """code points, fewest"""
+    max_characters: Positive | None = None
+    """code points, most"""
+    min_words: Positive | None = None
+    """words (what white space separates), fewest; Gopher: 50"""
+    max_words: Positive | None = None
+    """most; Gopher: 100,000"""
+    max_symbol_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """characters that are neither letter nor digit, of those that are not white space"""
+    max_repeated_line_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """lines that equal an earlier one, of those that are not blank; Gopher: 0.3"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "FilterConfig":
+        for unit, least, most in (("characters", self.min_characters, self.max_characters), ("words", self.min_words, self.max_words)):
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"min_{unit}={least} is more than max_{unit}={most}: no document would be left")
+        return self
+
+    @property
+    def filters(self) -> Filters:
+        """As the workers take them."""
+        return Filters(**self.model_dump())
+
+
+class NearDuplicatesConfig(Block):
+    """MinHash over word n-grams; documents of an estimated Jaccard similarity of `threshold` or more are one, and the first of them stays."""
+
+    ngram: Positive = 5
+    """words in an n-gram"""
+    permutations: Positive = 128
+    """hash functions; the estimate's standard error is sqrt(J (1 - J) / permutations), 0.035 at 0.8"""
+    bands: Positive = 16
+    """groups of permutations; two documents are compared if all of a group agree. 16 of 8 find 95 % of the pairs at 0.8, 99.99 % at 0.9"""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """least similarity of near duplicates"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "NearDuplicatesConfig":
+        if self.permutations % self.bands:
+            raise ValueError(f"permutations={self.permutations} must be a multiple of bands={self.bands}")
+        return self
+
+
+class ContaminationConfig(Block):
+    """Documents that share a word n-gram with an evaluation task."""
+
+    ngrams: Annotated[list[Path], Field(min_length=1)]
+    """n-gram files, or folders of them (docs/cleaning.md says how they are made)"""
+    action: Literal["drop", "cut"] = "drop"
+    """give the document up, or take the n-grams out of it and keep the rest"""
+
+
+class CleaningConfig(Block):
+    """What is removed besides what the sources' own rules drop. Everything is off by default (docs/cleaning.md)."""
+
+    filters: FilterConfig | None = None
+    """limits for every source that has none of its own"""
+    exact_duplicates: bool = False
+    """drop documents whose text occurred before, in any source; white space and Unicode's normal form aside"""
+    near_duplicates: NearDuplicatesConfig | None = None
+    """drop documents that are nearly the text of another, in any source"""
+    contamination: ContaminationConfig | None = None
+    """documents that hold text of evaluation tasks"""
+    memory_gib: PositiveFloat = Field(default=4.0, exclude=True)
+    """for telling duplicates; with less, hashes are read in more passes. Not part of what the output is"""
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether all documents must be seen before the first is tokenised."""
+        return self.exact_duplicates or self.near_duplicates is not None or self.contamination is not None
 
 
 class SourceConfig(TextConfig):
@@ -36,6 +114,8 @@ class SourceConfig(TextConfig):
     """on the Hugging Face hub: streamed where neither paths nor function are given"""
     documents: Literal["file", "paragraph"] = "file"
     """plain text: one document per file, or one per block of lines between blank lines"""
+    filters: FilterConfig | None = None
+    """in place of cleaning.filters, all of them; an empty table: none"""
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +168,8 @@ class PrepConfig(Block):
     """records that cannot be read (broken JSON, missing column, invalid UTF-8): count and skip them, or stop at the first"""
     bad_samples: NonNegative = 20
     """how many bad records report.json shows for each source"""
+    cleaning: CleaningConfig | None = None
+    """duplicates, contamination, filters; none: only what the sources' own rules drop"""
     shard_bytes: Positive = 1 << 30
     """text in one shard; also what an interrupted run may have to do again"""
     workers: Positive | None = Field(default=None, exclude=True)

@@ -37,12 +37,12 @@ def start(tokenizer: Tokenizer) -> None:
     """Make this process a worker: called once in each, before any chunk."""
     global _encode, _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     limit_threads()
     _encode, _tokenizer = load_encoder(tokenizer), tokenizer
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Without this a worker would wait for work for ever after its parent is killed: the workers hold each other's pipe open."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -63,6 +63,6 @@ def tokenise(kind: str, payload: Any, extract: Extract) -> Tokenized:
         ids.append(_tokenizer.end_of_document)
         lengths.append(len(tokens) + 1)
         sizes.append(size)
-    found.texts, found.text_bytes = [], []
+    found.texts, found.text_bytes, found.places = [], [], []
     dtype = token_dtype(_tokenizer.vocab_size)
     return Tokenized(np.array(ids, dtype=dtype), np.array(lengths, dtype=np.int32), np.array(sizes, dtype=np.int64), found)

@@ -1,0 +1,118 @@
+"""Words and word n-grams as 64-bit numbers: what near duplicates and contamination are told by.
+
+A word is a run of letters, digits, underscores and combining accents, in NFKC and casefolded; everything else separates words and is dropped, as in
+GPT-3's decontamination (Brown et al. 2020, arXiv:2005.14165, appendix C). Chinese characters and Japanese kana are a word each.
+
+Owns: that normalisation (NORMALISATION names it in files), and the hashes of words and n-grams. Refuses nothing.
+"""
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+NORMALISATION = "words-1"
+MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
+BLOCK_CHARACTERS = 1 << 20
+_SINGLE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_ASCII_WORD = re.compile(r"\w+", re.ASCII)
+_WORD = re.compile(rf"[{_SINGLE}]|(?:[^\W{_SINGLE}]|[\u0300-\u036f])+")
+_SPACE = re.compile(r"\s")
+Hashes = NDArray[np.uint64]
+
+
+class Flat(NamedTuple):
+    """Rows of word hashes end to end: row r is words[offsets[r] : offsets[r + 1]]."""
+
+    words: Hashes
+    offsets: NDArray[np.int64]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text."""
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    return [_normal(word) for word in _WORD.findall(text)]
+
+
+def _normal(word: str) -> str:
+    return word.lower() if word.isascii() else "".join(unicodedata.normalize("NFKC", word).casefold().split())
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """Where each word stands in the text: characters [start, stop)."""
+    pattern = _ASCII_WORD if text.isascii() else _WORD
+    return [found.span() for found in pattern.finditer(text)]
+
+
+def without(text: str, ranges: list[tuple[int, int]]) -> str:
+    """The text with these characters taken out."""
+    edges = [0, *itertools.chain.from_iterable(ranges), len(text)]
+    return "".join(text[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True))
+
+
+def word_hashes(text: str) -> Hashes:
+    """xxh3-64 of every word; a huge text is read in blocks, so that memory is 8 bytes a word."""
+    parts = [hash_words(words(block)) for block in _blocks(text)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def hash_words(found: list[str]) -> Hashes:
+    """xxh3-64 of each of the words."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, "\n".join(found).encode().split(b"\n") if found else ()), np.uint64)
+
+
+def check_hash(found: list[str]) -> int:
+    """xxh3-64 of the words joined by one space: the second number by which an n-gram is known."""
+    return xxhash.xxh3_64_intdigest(" ".join(found).encode())
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """The text in pieces that end at white space."""
+    start = 0
+    while len(text) - start > BLOCK_CHARACTERS and (gap := _SPACE.search(text, start + BLOCK_CHARACTERS)):
+        yield text[start : gap.start()]
+        start = gap.start()
+    yield text[start:] if start else text
+
+
+def flatten(rows: list[Hashes]) -> Flat:
+    """Rows of word hashes end to end."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    return Flat(np.concatenate([np.zeros(0, np.uint64), *rows]), offsets)
+
+
+def ngrams(flat: Flat, n: int) -> tuple[Hashes, NDArray[np.int64]]:
+    """The hash of every n-gram that lies in one row, and the place of its first word in `flat.words`; both in order."""
+    left = np.repeat(flat.offsets[1:], np.diff(flat.offsets)) - np.arange(len(flat.words))
+    starts = np.flatnonzero(left >= n)
+    if not len(starts):
+        return np.zeros(0, np.uint64), starts
+    return _polynomial(flat.words, n)[starts], starts
+
+
+def sequence_hash(row: Hashes) -> int:
+    """The hash of a whole row as one n-gram; the one that `ngrams` gives it."""
+    return int(_polynomial(row, len(row))[0])
+
+
+def _polynomial(values: Hashes, n: int) -> Hashes:
+    """sum of values[i + k] * M^(n - 1 - k) mod 2^64 for every i, mixed. Values are hashes, so two sums meet by chance alone."""
+    count = len(values) - n + 1
+    total = np.zeros(count, np.uint64)
+    for k in range(n):
+        total = total * MULTIPLIER + values[k : k + count]
+    return mixed(total)
+
+
+def mixed(values: Hashes) -> Hashes:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): a bijection after which every bit depends on all."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
