@@ -189,3 +189,17 @@ def test_shards_changed_under_a_name_and_another_seed_are_refused_even_when_a_ch
                 begin(config(root, run, steps=10, data__on_change="replan"))
     finally:
         blend.write_text(text)
+
+
+def test_a_checkpoint_of_the_first_schema_goes_on_under_another_blend(tmp_path):
+    fixture = Path(__file__).parents[1] / "fixtures" / "checkpoint_v1"
+    settings = {"model__checkpoint": str(fixture), "model__load": "all", "steps": 3}
+    blend = write_tiny_blend(tmp_path / "data", VOCAB_SIZE)
+    edit(blend, math=1.0, code=1.0)
+    with pytest.raises(UserError, match=r"weight was 3\.0, now 1\.0"):
+        loop.train(load_recipe(None, recipe(tmp_path, tmp_path / "refused", **settings), TrainConfig))
+    run = stage.run(load_recipe(None, recipe(tmp_path, tmp_path / "run", **settings, data__on_change="replan"), TrainConfig))
+    progress = state(run, 3)
+    assert [plan["first_sample"] for plan in progress["data"]["history"]] == [0, 16]
+    assert {name: taken["samples"] for name, taken in progress["consumed"].items()} == {"code": 12 + 4, "math": 4 + 4}
+    assert all(taken["epochs"] > 0 for taken in progress["consumed"].values())
