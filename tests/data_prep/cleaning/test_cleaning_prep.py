@@ -203,8 +203,9 @@ PRE_PASS = """
 import sys
 from pathlib import Path
 from megatron_prism.config import load_recipe
-from megatron_prism.data_prep import prepare
+from megatron_prism.data_prep import inputs, prepare
 from megatron_prism.data_prep.cleaning.prepass import Cleaner
+inputs.CHUNK_BYTES = 30_000
 config = load_recipe(Path(sys.argv[1]), [f"output={sys.argv[2]}"], prepare.PrepConfig)
 Cleaner(config, prepare.find_all_inputs(config)).run(1)
 """
@@ -214,7 +215,7 @@ def test_a_pre_pass_killed_at_any_unit_goes_on_and_ends_as_the_unbroken_one(tmp_
     place = write_kind(tmp_path / "in", "gz", [*texts(700), *texts(700, seed=1), *texts(600)])
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f'output = "x"\ntokenizer = "unused"\nshard_bytes = 100_000\n[cleaning]\nexact_duplicates = true\nnear_duplicates = {{}}\n'
+        f'output = "x"\ntokenizer = "unused"\nshard_bytes = 50_000\n[cleaning]\nexact_duplicates = true\nnear_duplicates = {{}}\n'
         f'[[source]]\nname = "gz"\npath = "{place}"\n'
     )
 
