@@ -51,7 +51,7 @@ class PackedSampler:
 
     def sample(self, index: int) -> PackedSample:
         """Sample `index` (from 0) of the blend."""
-        (source,), (ordinal,) = (column.tolist() for column in self.schedule.schedule(index, index + 1))
+        source, ordinal = self.schedule.turn(index)
         if source >= len(self.sources):
             raise UserError(
                 f"source {self.schedule.names[source]!r} left the blend: its samples are counted but not at hand; add it again to read them"

@@ -1,4 +1,5 @@
-"""How long packing takes and how full the buffers get: `python tests/benchmarks/packing.py [--documents 1000000] [--runs 3]`. No files, one core.
+"""How long packing takes and how full the buffers get: `python tests/benchmarks/packing.py [--documents 1000000] [--runs 3] [--window N]`.
+No files, one core. --window: packed N documents at a time, as training does, in place of all together.
 
     long      log-normal around 16k tokens (sigma 1), none under 4k, buffers of 128k, longer documents split: the paper's long stage in kind
     ordinary  log-normal around 800 tokens (sigma 1.2), buffers of 8k, longer documents split
@@ -19,7 +20,7 @@ import time
 
 import numpy as np
 
-from megatron_prism.data_prep.packing import PackingOptions, pack
+from megatron_prism.data_prep.packing import PackingOptions, WindowedPacking
 
 LONG, ORDINARY = 131_072, 8_192
 
@@ -47,14 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--window", type=int, help="documents packed together")
     parser.add_argument("--case", choices=sorted(CASES), help="this one alone, as JSON")
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(measure(arguments.case, arguments.documents, arguments.runs)))
+        print(json.dumps(measure(arguments.case, arguments.documents, arguments.runs, arguments.window or arguments.documents)))
         return
     print(f"{arguments.documents} documents\n{'':<10} clock s   core s  distinct    buffers  over bound     fill  memory MB")
     for case in CASES:
         command = [sys.executable, __file__, "--case", case, "--documents", str(arguments.documents), "--runs", str(arguments.runs)]
+        command += ["--window", str(arguments.window)] if arguments.window else []
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         times = f"{found['clock']:>7.2f}  {found['core']:>7.2f}"
         print(
@@ -62,24 +65,28 @@ def main() -> None:
         )
 
 
-def measure(case: str, count: int, runs: int) -> dict[str, float]:
-    """Pack `runs` times; what the last one gave."""
+def measure(case: str, count: int, runs: int, window: int) -> dict[str, float]:
+    """Pack `runs` times; what the last one gave (distinct lengths: of the last window)."""
     make, options = CASES[case]
     lengths = make(count)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    clocks, cores = [], []
+    clocks, cores, tokens, buffers = [], [], 0, 0
+    windows = WindowedPacking(lengths, options, window)
     for _ in range(runs):
         clock, core = time.perf_counter(), time.process_time()
-        packing = pack(lengths, options)
+        tokens = buffers = 0
+        for number in range(windows.num_windows):
+            packing = windows.packing(number)
+            tokens, buffers = tokens + packing.num_tokens, buffers + packing.num_buffers
         clocks.append(time.perf_counter() - clock)
         cores.append(time.process_time() - core)
     return {
         "clock": statistics.median(clocks),
         "core": statistics.median(cores),
         "distinct": len(np.unique(packing.length)),
-        "buffers": packing.num_buffers,
-        "over": packing.num_buffers / packing.lower_bound - 1,
-        "fill": packing.fill,
+        "buffers": buffers,
+        "over": buffers / -(-tokens // options.seq_len) - 1,
+        "fill": tokens / (buffers * options.seq_len),
         "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
     }
 

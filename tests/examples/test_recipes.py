@@ -56,6 +56,7 @@ def test_smollm3_is_the_handbooks():
     """alignment-handbook, recipes/smollm3/sft/mid.yaml: 128 sequences of 32,768, 3 % warm-up, a twentieth of the run between saves."""
     cfg, _, _ = plan_recipe(EXAMPLES / SMOLLM3 / "train.toml", [], published_model(SMOLLM3), gpus=64)
     assert (cfg.data.seq_len, cfg.global_batch) == (32768, 128)
+    assert cfg.data.packing is not None and cfg.data.packing.over_length == "truncate"
     assert (cfg.optimizer.lr, cfg.optimizer.clip_grad, cfg.schedule.kind, cfg.schedule.final_lr_fraction) == (2e-5, 0.2, "cosine", 0.1)
     assert cfg.schedule.warmup_steps == round(0.03 * cfg.steps)
     assert cfg.checkpoint.save_interval == round(0.05 * cfg.steps)
