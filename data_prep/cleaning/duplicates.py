@@ -21,7 +21,8 @@ FIXED_BYTES = 18
 """A document: 8 for the one that it repeats, 1 for its verdict, and as much again while components are told."""
 PASS_BYTES = 72
 """A document of a pass: its place and its hash, read in pieces and joined, sorted with its order, compared with its neighbour."""
-PAIRS_AT_ONCE = 1 << 17
+PAIRS_AT_ONCE = 1 << 15
+"""Signatures compared together: 10 MB beside the memory that the recipe gives."""
 KEPT, EXACT, NEAR, FIRST_TASK = 0, 1, 2, 3
 """Verdicts: FIRST_TASK + t is contamination by task t."""
 

@@ -33,7 +33,7 @@ from megatron_prism.data_prep.cleaning.ngrams import NgramFile, find_files, make
 from megatron_prism.data_prep.cleaning.scan import Plan, Scanned
 from megatron_prism.data_prep.documents import Extract
 from megatron_prism.data_prep.inputs import Chunk, Input
-from megatron_prism.data_prep.progress import Reporter
+from megatron_prism.data_prep.progress import Reporter, console
 from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
 from megatron_prism.data_prep.sources.selection import Selector
 from megatron_prism.errors import UserError
@@ -220,6 +220,9 @@ class PrePass:
         near, memory = self.config.cleaning.near_duplicates, self.config.cleaning.memory_gib * 2**30
         corpus = Corpus(columns)
         verdicts, same_as = find_duplicates(corpus, self.plan.exact, near.bands if near else 0, near.threshold if near else 1.0, memory)
+        counts = np.bincount(verdicts, minlength=len(self._rules())).tolist()
+        figures = "; ".join(f"{rule}: {count:,}" for rule, count in zip(self._rules(), counts, strict=True) if count)
+        console.print(f"cleaning: {len(corpus):,} documents; {figures}", highlight=False, soft_wrap=True)
         return [verdicts[first:last] for first, last in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)], same_as
 
     def _write_verdicts(self, columns: Columns, verdicts: np.ndarray[Any, Any]) -> dict[str, str]:

@@ -1,10 +1,23 @@
 """Duplicates against known truths: planted copies, planted overlaps of known Jaccard similarity, components, any number of passes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from megatron_prism.data_prep.cleaning.columns import Columns, column_types
-from megatron_prism.data_prep.cleaning.duplicates import EXACT, KEPT, NEAR, Corpus, find_duplicates, jaccard, join, number_of_passes
+from megatron_prism.data_prep.cleaning.duplicates import (
+    EXACT,
+    FIXED_BYTES,
+    KEPT,
+    NEAR,
+    PASS_BYTES,
+    Corpus,
+    find_duplicates,
+    jaccard,
+    join,
+    number_of_passes,
+)
 from megatron_prism.data_prep.cleaning.scan import Plan, exact_hash, scan_texts
 from megatron_prism.data_prep.inputs import Position
 from megatron_prism.errors import UserError
@@ -120,6 +133,27 @@ def test_the_result_does_not_depend_on_the_number_of_passes_or_sources(tmp_path,
     assert len(passes) == 17 * number_of_passes(len(texts), memory) == 17 * 6
     assert [part.tolist() for part in one] == [part.tolist() for part in many]
     assert {KEPT, EXACT, NEAR} == set(one[0].tolist())
+
+
+@pytest.mark.parametrize(("room", "passes"), [(1.0, 1), (0.25, 4)])
+def test_telling_duplicates_stays_within_the_memory_it_is_given(tmp_path, room, passes):
+    count = 400_000
+    columns = Columns(tmp_path, column_types(Plan(True, (5, 8, 1), None, False)))
+    hashes = np.random.default_rng(0).integers(0, 1 << 64, (count, 2), dtype=np.uint64)
+    hashes[1::10] = hashes[::10]
+    low = hashes[:, 0].copy().view(np.uint8).reshape(count, 8)
+    for name, rows in (("code", np.zeros(count)), ("exact", hashes), ("band_00", hashes[:, 0]), ("low", low)):
+        columns.append(name, rows)
+    columns.commit(Position(1, 0), True, None, 0)
+    memory = (FIXED_BYTES + room * PASS_BYTES) * count
+    assert number_of_passes(count, memory) == passes
+    for exact in (True, False):
+        tracemalloc.start()
+        verdicts, _ = find_duplicates(Corpus([columns]), exact, int(not exact), 0.8, memory)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (verdicts > 0).sum() == count // 10
+        assert peak < memory + 10_000_000
 
 
 def test_too_little_memory_is_refused_with_the_number():
