@@ -110,7 +110,7 @@ class Manifest:
         parts = self._lengths_by_shard()
         lengths = np.concatenate([np.zeros(0, np.int32), *parts])
         if self.selection is not None:
-            lengths[~self._chosen(len(lengths))] = 0
+            lengths[~self.chosen(0, len(lengths))] = 0
         return lengths
 
     def runs(self) -> list[tuple[int, int, int]]:
@@ -118,10 +118,10 @@ class Manifest:
         if self.selection is None:
             return [(number, 0, shard.tokens) for number, shard in enumerate(self.shards) if shard.tokens]
         found: list[tuple[int, int, int]] = []
-        first, chosen = 0, self._chosen(sum(shard.documents for shard in self.shards))
+        first = 0
         for number, lengths in enumerate(self._lengths_by_shard()):
             starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            edges = np.flatnonzero(np.diff(chosen[first : first + len(lengths)].astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+            edges = np.flatnonzero(np.diff(self.chosen(first, len(lengths)).astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
             spans = starts[edges]
             found += [(number, int(start), int(stop - start)) for start, stop in spans if stop > start]
             first += len(lengths)
@@ -138,10 +138,11 @@ class Manifest:
             parts.append(index.lengths)
         return parts
 
-    def _chosen(self, count: int) -> NDArray[np.bool_]:
-        """Which of `count` documents, all there are, the selection takes."""
-        assert self.selection is not None
-        held = held_out(self.selection.seed, self.source, 0, count, self.selection.fraction)
+    def chosen(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Which of the documents first .. first + count - 1 of the shards belong to the split."""
+        if self.selection is None:
+            return np.ones(count, dtype=bool)
+        held = held_out(self.selection.seed, self.source, first, count, self.selection.fraction)
         return held if self.selection.held_out else ~held
 
     def digest(self) -> str:
@@ -192,8 +193,8 @@ def verify(folder: Path, full: bool = False) -> Manifest:
     """
     manifest = load_manifest(folder)
     for shard, prefix in zip(manifest.shards, manifest.prefixes, strict=True):
-        _check_size(bin_path(prefix), shard.bin_bytes)
-        _check_size(idx_path(prefix), shard.idx_bytes)
+        check_size(bin_path(prefix), shard.bin_bytes)
+        check_size(idx_path(prefix), shard.idx_bytes)
         if file_sha256(idx_path(prefix)) != shard.idx_sha256:
             raise UserError(f"{prefix}.idx differs from its checksum in {manifest.folder / MANIFEST}: the data was changed; prepare it again")
     if full:
@@ -270,7 +271,8 @@ def check_one_tokenizer(manifests: Sequence[Manifest]) -> None:
             raise UserError(f"{other.folder} and {first.folder} were made with different tokenizers; prepare all sources of a blend with one")
 
 
-def _check_size(path: Path, size: int) -> None:
+def check_size(path: Path, size: int) -> None:
+    """Errors: UserError for a file of a manifest that is missing or has another size."""
     found = path.stat().st_size if path.is_file() else None
     if found != size:
         state = "is missing" if found is None else f"has {found} bytes"

@@ -3,6 +3,7 @@
     prism <stage> RECIPE.toml [key.sub=value ...] [--dry-run]
     prism convert import HF_DIR OUT      prism convert export CHECKPOINT OUT
     prism plan RECIPE|MODEL              prism run PIPELINE.toml              prism doctor
+    prism inspect OUTPUT|BLEND.toml
     prism stage my.module RECIPE.toml    (a stage of your own)
 
 Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0.
@@ -200,6 +201,20 @@ def plan(
     from megatron_prism.stages import plan as planner
 
     planner.run(target, overrides or [], model, gpus, memory, seq_len)
+
+
+@app.command()
+def inspect(
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT|BLEND.toml", help="output of prism prep or prism adopt, or a blend")],
+    page: Annotated[Path, typer.Option(metavar="FILE", help="the HTML file to write")] = Path("inspect.html"),
+    seq_len: Annotated[int, typer.Option(min=1, help="tokens of a buffer, for how full packed ones are")] = 8192,
+    tokens: Annotated[float | None, typer.Option(help="tokens of the run that epochs are counted for, such as 27e9")] = None,
+    samples: Annotated[int, typer.Option(min=0, max=100, help="documents shown of each source")] = 3,
+) -> None:
+    """What is in prepared data, as one HTML page: shares, lengths, packing, what was removed, a few documents token by token."""
+    from megatron_prism.stages import inspect as inspector
+
+    inspector.run(target, page, seq_len, tokens, samples)
 
 
 @app.command()

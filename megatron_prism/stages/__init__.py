@@ -17,7 +17,7 @@ from megatron_prism.errors import UserError
 STAGES = {
     "tokenizer": "text -> a tokenizer, for models trained from nothing",
     "prep": "text -> token shards and a blend",
-    "adopt": "existing Megatron shards -> a manifest and a blend, without copying",
+    "adopt": "existing Megatron shards -> manifests and a blend",
     "convert": "Hugging Face model <-> megatron-core checkpoint",
     "train": "checkpoint (or random weights) + blend -> checkpoints",
     "evaluate": "model -> scores",
