@@ -1,5 +1,6 @@
 """Words and their n-grams: one normalisation, places in the text, hashes that tell n-grams apart and stay within documents."""
 
+import re
 import unicodedata
 
 import numpy as np
@@ -35,6 +36,14 @@ def test_spans_are_where_the_words_stand(text):
 
 def test_an_ascii_text_has_the_same_words_beside_other_text():
     assert words(TEXTS[0] + " é")[:-1] == words(TEXTS[0])
+
+
+def test_every_ascii_character_is_part_of_a_word_or_not_in_every_path():
+    text = "".join(f"a{chr(code)}B " for code in range(128))
+    assert words(text) == [word.lower() for word in re.findall(r"[a-zA-Z0-9_]+", text)]
+    assert words(text) == words(text + " é")[:-1]
+    assert [words(text[start:stop]) for start, stop in spans(text)] == [[word] for word in words(text)]
+    assert word_hashes(text).tolist() == hash_words(words(text)).tolist()
 
 
 def test_a_huge_text_read_in_blocks_has_the_hashes_of_the_whole(monkeypatch):
