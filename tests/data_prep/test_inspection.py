@@ -131,6 +131,14 @@ def test_no_document_adds_an_element_or_a_hidden_character(shown):
     assert "<script>alert('x')</script>" in reader.text
 
 
+def test_a_token_that_is_a_whole_element_stays_text():
+    """A large vocabulary has such tokens; one of 500 cuts them."""
+    pieces = [samples.Piece((7,), "</bdi><img src=x onerror=alert(1)>"), samples.Piece((8,), "<script>")]
+    reader = Reader(page._sample(samples.Excerpt("<i>", 0, 2, [7, 8], [], None), pieces, []))
+    assert [tag for tag, _ in reader.elements] == ["p", "div", "bdi", "bdi"]
+    assert reader.parts == [["</bdi><img src=x onerror=alert(1)>", "<script>"]] and "<i>" in reader.text
+
+
 def test_the_hidden_is_written_out_and_the_visible_left():
     assert page.visible("a\u202eb") == 'a<span class="code">\u27e8202E\u27e9</span>b'
     assert page.visible("\x00<\ud800") == '<span class="code">\u27e80000\u27e9</span>&lt;<span class="code">\u27e8D800\u27e9</span>'
