@@ -78,14 +78,23 @@ class OptimizerConfig(Block):
     """keep of each fp32 master weight only the 16 bits that its bf16 weight lacks, 2 bytes instead of 4, the same values"""
 
     @property
-    def is_precision_aware(self) -> bool:
-        """Whether TransformerEngine's optimizer holds the master weights and moments, in other types than fp32."""
+    def has_small_types(self) -> bool:
+        """Whether gradients, moments or master weights take less than fp32."""
         return self.gradients == "bf16" or self.moments == "bf16" or self.split_master
 
     @property
     def state_bytes(self) -> int:
         """Bytes of master weight and moments of one parameter of a bf16 model."""
         return (2 if self.split_master else 4) + (4 if self.moments == "bf16" else 8)
+
+    @model_validator(mode="after")
+    def _bf16_moments_can_move(self) -> "OptimizerConfig":
+        if self.moments == "bf16" and 1 - self.betas[1] < 2**-8:
+            raise ValueError(
+                f"moments=bf16 with betas[1]={self.betas[1]:g}: a step's share {1 - self.betas[1]:.2g} of the second moment is lost in bf16's "
+                "rounding (2^-8); lower betas[1] to 0.996 or less, or use moments=fp32"
+            )
+        return self
 
 
 class Fp8Config(Block):

@@ -17,7 +17,9 @@ def program(  # type: ignore[no-untyped-def]
     step_size,
     root_scale,
     beta1,
+    rest1,
     beta2,
+    rest2,
     eps,
     KIND: tl.constexpr,  # noqa: N803
     SCALED: tl.constexpr,  # noqa: N803
@@ -29,8 +31,8 @@ def program(  # type: ignore[no-untyped-def]
     g = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         g *= tl.load(scale_ptr)
-    m = tl.load(exp_avg_ptr + place, mask=inside, other=0.0).to(tl.float32) * beta1 + g * (1 - beta1)
-    v = tl.load(exp_avg_sq_ptr + place, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * (1 - beta2)
+    m = tl.load(exp_avg_ptr + place, mask=inside, other=0.0).to(tl.float32) * beta1 + g * rest1
+    v = tl.load(exp_avg_sq_ptr + place, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * rest2
     if KIND == 0:
         w = tl.load(weight_ptr + place, mask=inside, other=0.0)
     elif KIND == 1:
@@ -45,9 +47,10 @@ def program(  # type: ignore[no-untyped-def]
     tl.store(exp_avg_sq_ptr + place, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=inside)
     if KIND == 2:
         bits = w.to(tl.int32, bitcast=True)
-        upper = (bits + 0x8000) >> 16
+        upper = tl.where(w == w, (bits + 0x8000) >> 16, 0x7FC0)  # a quiet NaN: the largest would round up to minus zero
+        lower = tl.where(w == w, bits - (upper << 16), 0)
         tl.store(weight_ptr + place, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
-        tl.store(master_ptr + place, (bits - (upper << 16)).to(tl.int16), mask=inside)
+        tl.store(master_ptr + place, lower.to(tl.int16), mask=inside)
     else:
         tl.store(weight_ptr + place, w.to(weight_ptr.dtype.element_ty), mask=inside)
         if KIND == 1:

@@ -12,15 +12,20 @@ if TYPE_CHECKING:
     from megatron_prism.kernels.adamw import Hyperparameters
 
 
+QUIET_NAN = 0x7FC0
+"""in bf16"""
+
+
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """An fp32 tensor as its nearest bf16 (ties away from zero) and the int16 that, added below bf16's bits, gives it back."""
     bits = master.contiguous().view(torch.int32)
-    upper = (bits + 0x8000) >> 16
-    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+    upper = torch.where(master.isnan(), QUIET_NAN, (bits + 0x8000) >> 16)  # the largest NaN would round up to minus zero
+    lower = torch.where(master.isnan(), 0, bits - (upper << 16))
+    return upper.to(torch.int16).view(torch.bfloat16), lower.to(torch.int16)
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """The fp32 tensor whose `split` this is, bit for bit."""
+    """The fp32 tensor whose `split` this is, bit for bit; of a NaN, one."""
     return ((upper.view(torch.int16).to(torch.int32) << 16) + lower).view(torch.float32)
 
 

@@ -21,9 +21,9 @@ class Proportional(torch.autograd.Function):
     def forward(ctx, x_th: Tensor, weight_vh: Tensor, head: Head, weights_t: Tensor, unit: bool) -> Tensor:  # type: ignore[no-untyped-def]
         of_x, of_weight = ctx.needs_input_grad[:2]
         ctx.weight, ctx.unit, ctx.of_weight = weight_vh, unit, of_weight
-        ctx.added = of_weight and unit and main_grad.is_followed(weight_vh)
+        added = of_weight and unit and main_grad.is_followed(weight_vh)
         dx_th = torch.empty_like(head.x_th) if of_x else None
-        if ctx.added:
+        if added:
             losses_t = _losses_and_gradients(head, weights_t, dx_th, weight_vh.main_grad, accumulate=True)
             dw_vh = None
         else:
@@ -39,7 +39,7 @@ class Proportional(torch.autograd.Function):
         scale = scale_of(gradient_t, weights_t, counted_t, ctx.unit).float()
         if dx_th is not None and not ctx.unit:
             dx_th = dx_th * scale
-        return dx_th, _delivered(ctx.weight, dw_vh, scale, ctx.added) if ctx.of_weight else None, None, None, None
+        return dx_th, _delivered(ctx.weight, dw_vh, scale) if ctx.of_weight else None, None, None, None
 
 
 def _losses_and_gradients(head: Head, weights_t: Tensor, dx_th: Tensor | None, dw_vh: Tensor | None, accumulate: bool) -> Tensor:
@@ -70,8 +70,8 @@ def _fp32_gradient(head: Head) -> Tensor:
     return dw_vh
 
 
-def _delivered(weight_vh: Tensor, dw_vh: Tensor | None, scale: Tensor, added: bool) -> Tensor:
-    """What autograd gets for the weight, main_grad having got its part. added: in the forward pass already."""
+def _delivered(weight_vh: Tensor, dw_vh: Tensor | None, scale: Tensor) -> Tensor:
+    """What autograd gets for the weight, main_grad having got its part: without dw_vh in the forward pass already."""
     if dw_vh is None or main_grad.is_followed(weight_vh):
         if dw_vh is not None:
             weight_vh.main_grad.addcmul_(dw_vh, scale)  # type: ignore[attr-defined]

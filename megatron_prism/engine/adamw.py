@@ -37,17 +37,11 @@ class AdamW:
             group["step"] += 1
             settings = Hyperparameters(group["lr"], self.config.betas, self.config.eps, group["weight_decay"], group["step"])
             for weight in group["params"]:
-                gradient = _gradient(weight)
+                gradient: Tensor | None = getattr(weight, "decoupled_grad", None)  # beside the weight, of any type
                 if gradient is not None:
                     state = self._state(weight)
                     moments = state["exp_avg"], state["exp_avg_sq"]
                     adamw(weight, gradient, *moments, settings, master=state.get(MASTER), gradient_scale=self.gradient_scale)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients' places; DDP's buffer is cleared apart."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                weight.grad = weight.decoupled_grad = None
 
     def initialize(self) -> None:
         """Make the state of every weight."""
@@ -62,11 +56,15 @@ class AdamW:
             group["step"] = 0
 
     def values(self, weight: Tensor) -> dict[str, Tensor]:
-        """A weight's master and moments in fp32: `param`, `exp_avg`, `exp_avg_sq`."""
+        """A weight's master and moments in fp32: `param`, `exp_avg`, `exp_avg_sq`.
+
+        What is kept in fp32 is given as it is, the rest as copies in host memory: small states are chosen where the device has no room.
+        """
         state = self._state(weight)
         master = state.get(MASTER, weight)
-        whole = join(weight, master) if master.dtype == torch.int16 else master
-        return {"param": whole, "exp_avg": state["exp_avg"].float(), "exp_avg_sq": state["exp_avg_sq"].float()}
+        held = {"param": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        wide = {name: tensor.float().cpu() for name, tensor in held.items() if tensor.dtype == torch.bfloat16}
+        return held | wide | ({"param": join(weight, master).cpu()} if master.dtype == torch.int16 else {})
 
     @torch.no_grad()
     def put(self, weight: Tensor, values: dict[str, Tensor]) -> None:
@@ -86,9 +84,3 @@ class AdamW:
             if weight.dtype == torch.bfloat16:
                 self.state[weight][MASTER] = torch.zeros_like(weight, dtype=torch.int16) if self.config.split_master else weight.float()
         return self.state[weight]
-
-
-def _gradient(weight: Tensor) -> Tensor | None:
-    """The gradient that the distributed optimizer put beside a weight; it may be of another type."""
-    beside: Tensor | None = getattr(weight, "decoupled_grad", None)
-    return weight.grad if beside is None else beside

@@ -65,6 +65,7 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
         (folder / SHARDED).mkdir()
         artifact.write_atomic(folder / STATE, json.dumps(_state(progress, engine), indent=2) + "\n")
     dist.barrier()
+    gather_weights(engine)
     model = _model_state(engine, scales=_has_scales(engine))
     optimizer = {"groups": engine.optimizer.groups(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
     save_sharded({**model, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}, folder / SHARDED)
@@ -72,6 +73,15 @@ def save(engine: Engine, run: Path, progress: Progress, hf: Path, config: BaseMo
         artifact.complete(folder)
     dist.barrier()
     return folder
+
+
+def gather_weights(engine: Engine) -> None:
+    """Make every rank's copy of the weights that of the ranks which updated them.
+
+    Where that overlaps with the next forward pass (CUDA), a rank has last step's values of all ranges but its own until then.
+    """
+    for chunk in engine.model:
+        chunk.start_param_sync(force_sync=True)
 
 
 def load_weights(engine: Engine, checkpoint: Path) -> None:
@@ -97,6 +107,7 @@ def load_all(engine: Engine, checkpoint: Path) -> Progress:
     _put_weights(engine, state)
     engine.optimizer.load_groups(state["optimizer"]["groups"])
     optimizer.apply(state["optimizer"]["state"])
+    gather_weights(engine)
     if same_layout:
         _put_rng(state["rng"])
     return Progress(**saved["progress"])

@@ -83,7 +83,8 @@ def fp8_obstacle(recipe: str) -> str | None:
 def make_deterministic() -> None:
     """From here on only kernels whose sums have a fixed order; torch raises where it has none. Call after `setup`, before anything is built.
 
-    TransformerEngine and mamba-ssm look at the environment and at torch's switch; our kernels look at torch's switch (kernels/choice.py).
+    TransformerEngine and mamba-ssm look at the environment and at torch's switch, our convolution at torch's (kernels/causal_conv1d/fused.py); our
+    other kernels sum in a fixed order.
     """
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -31,7 +31,6 @@ def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, over
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
         check_for_nan_in_grad=False,
-        fp8_param_gather=config.fp8_param,
     )
     return [
         DistributedDataParallel(config, ddp, to_precision(chunk, config), disable_bucketing=index > 0, pg_collection=mesh.groups)
@@ -85,8 +84,8 @@ class Optimizer:
 
     def _grad_norm(self) -> Tensor:
         """Of the gradients' sums, over all ranks; weights that several hold counted once."""
-        device = self.param_groups[0]["params"][0].device
-        total = torch.zeros((), dtype=torch.float32, device=device)
+        assert self.num_tokens is not None
+        total = torch.zeros((), dtype=torch.float32, device=self.num_tokens.device)
         for part in self.chained_optimizers:
             gradients = part.get_main_grads_for_grad_norm()
             if gradients:
@@ -98,7 +97,6 @@ class Optimizer:
         """Start anew from the model's weights as they are now: fresh moments, step 0."""
         for part in self.chained_optimizers:
             part.optimizer.forget()
-            part.reload_model_params()  # the masters that megatron-core holds: those of FP8 weights
 
     def initialize(self) -> None:
         """Make every moment and master weight, so that a checkpoint can fill them."""
@@ -119,7 +117,6 @@ class Optimizer:
 
 def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfig, mesh: Mesh, bf16: bool) -> Optimizer:
     """The optimizer of wrapped chunks, also tied to them for megatron-core's schedules (gradient scaling and the final reduction)."""
-    layers = model[0].config
     settings = optimizer_config(
         lr=config.lr,
         min_lr=0.0,
@@ -127,11 +124,9 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         clip_grad=config.clip_grad or 0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        fp8_recipe=layers.fp8_recipe if layers.fp8_param else None,
     )
-    # the weights that are updated are the model's own, and gradients of another type are handed over beside them; masters of FP8 weights only
-    # megatron-core knows how to round
-    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = not layers.fp8_param
+    # the weights that are updated are the model's own, and gradients, of any type, are handed over beside them
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     optimizer = Optimizer(get_megatron_optimizer(settings, model), config, mesh.groups)
     for chunk in model:
         chunk.config.finalize_model_grads_func = optimizer.finish_gradients

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+
+from megatron_prism.engine.optimizer import Optimizer
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """fp32 master weight, first and second moment."""
@@ -53,7 +54,7 @@ def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator
         yield (index, *offset), (1, *size)
 
 
-def own_state(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, torch.nn.Parameter, int, int]]:
+def own_state(optimizer: Optimizer) -> Iterator[tuple[Any, torch.nn.Parameter, int, int]]:
     """(distributed optimizer, weight, start, stop) for each weight of which this rank owns the flat range [start, stop)."""
     for part in optimizer.chained_optimizers:
         ranges = itertools.chain.from_iterable(by_dtype.values() for by_dtype in part.gbuf_ranges)
@@ -107,13 +108,16 @@ def _owned(part: Any, weight: torch.nn.Parameter) -> Tensor:
 class OptimizerState:
     """The optimizer's state of this rank, in a form that megatron-core's dist_checkpointing saves, or fills."""
 
-    def __init__(self, optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> None:
+    def __init__(self, optimizer: Optimizer, model_state: dict[str, Any], loading: bool) -> None:
         by_weight = {id(item.data): item for item in nested_values(model_state)}
         self.tensors: dict[str, ShardedTensor] = {}
         self._loaded: list[tuple[Any, torch.nn.Parameter, dict[str, Tensor]]] = []
         for part, weight, start, stop in own_state(optimizer):
-            state = part.optimizer.values(_owned(part, weight))
-            tensors = {name: torch.empty_like(state[name]) if loading else state[name].detach() for name in STATES}
+            owned = _owned(part, weight)
+            if loading:  # through host memory: the device may have no room for a second copy
+                tensors = {name: torch.empty(owned.shape, dtype=torch.float32, device="cpu") for name in STATES}
+            else:
+                tensors = {name: value.detach() for name, value in part.optimizer.values(owned).items()}
             if loading:
                 self._loaded.append((part, weight, tensors))
             self._add(weight, by_weight[id(weight)], tensors, start, stop)

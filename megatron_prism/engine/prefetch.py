@@ -16,7 +16,7 @@ class Prefetcher(Generic[Item]):
     """`make(place)` for place, place + stride, ... while the caller works on earlier ones.
 
     depth: items that exist or are being made at once. on_start: called once in the thread, before anything is made there. The thread rests while
-    `depth` items wait, and ends with `close`, with the prefetcher or with the process, after the item that it is making.
+    `depth` items wait. It ends with `close`, after the item that it is making; without one with the process, after all that were asked for.
     """
 
     def __init__(self, make: Callable[[int], Item], stride: int, depth: int, on_start: Callable[[], None] | None = None) -> None:

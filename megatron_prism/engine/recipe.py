@@ -120,7 +120,7 @@ class TrainConfig(Block):
     micro_batch: Positive = 1
     """sequences in one forward pass of one rank"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: weights and activations in bf16, master weights, gradients and moments in fp32"""
+    """bf16: weights and activations in bf16; master weights, gradients and moments in fp32 unless `optimizer` says otherwise"""
     fp8: Fp8Config | None = None
     """FP8 matrix products beside bf16; `fp8.recipe=tensorwise` turns it on"""
     recompute: Literal["selective", "full"] | None = None
@@ -158,7 +158,7 @@ class TrainConfig(Block):
             raise ValueError(f"fp8 works beside bf16, precision={self.precision} is set; use precision=bf16, or fp8=none")
         if self.fp8 is not None and self.fp8.params:
             raise ValueError("fp8.params=true is known to planning only: its checkpoints and its optimizer step are not proved yet; leave it false")
-        if self.precision != "bf16" and self.optimizer.is_precision_aware:
+        if self.precision != "bf16" and self.optimizer.has_small_types:
             raise ValueError(
                 f"optimizer.gradients, moments and split_master are for bf16 weights, precision={self.precision} is set; leave them at their defaults"
             )
@@ -212,6 +212,10 @@ def check_model(cfg: TrainConfig, model: ModelConfig, plan: layout.ParallelPlan)
     """Settings that this model cannot be trained with under its plan. Errors: UserError."""
     if cfg.fp8 is not None:
         check_fp8(model, plan, cfg.data.seq_len, cfg.fp8)
+    if cfg.fp8 is not None and model.is_hybrid and cfg.recompute == "full":
+        raise UserError(
+            "fp8 with recompute=full: a hybrid's layers would be computed again in bf16, and their gradients with them; drop one of the two"
+        )
     if cfg.recompute_layers is not None and model.is_hybrid:
         raise UserError(f"recompute_layers={cfg.recompute_layers}: a hybrid model recomputes every layer with recompute=full; drop recompute_layers")
 

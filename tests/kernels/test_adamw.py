@@ -16,7 +16,7 @@ STEPS = 4
 
 
 def settings(step: int) -> Hyperparameters:
-    return Hyperparameters(lr=3e-2 / step, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1, step=step)
+    return Hyperparameters(lr=3e-2 / step, betas=(0.9, 0.999), eps=1e-10, weight_decay=0.1, step=step)
 
 
 def gradients(size: int) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def run(size: int, weight: torch.dtype, moments: torch.dtype, master: torch.dtyp
 def test_the_definition_is_torch_s_adamw(size):
     start = torch.randn(size, dtype=torch.float64)
     theirs = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([theirs], betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([theirs], betas=(0.9, 0.999), eps=1e-10, weight_decay=0.1)
     ours, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step, g in enumerate(gradients(size), 1):
         theirs.grad = 0.37 * g.double()
@@ -76,11 +76,15 @@ def test_a_split_master_takes_the_steps_of_a_whole_one(size):
 
 def test_bf16_moments_stay_near_those_in_fp32():
     exact, near = (run(3001, torch.bfloat16, moments, torch.float32, "reference")[3] for moments in (torch.float32, torch.bfloat16))
-    assert (
-        0
-        < (exact - near).norm() / (exact - run(3001, torch.bfloat16, torch.float32, torch.float32, "reference")[0].float()).norm().clamp(min=1)
-        < 0.1
-    )
+    torch.manual_seed(1)
+    start = torch.randn(3001).bfloat16().float()
+    assert 0 < (exact - near).norm() / (exact - start).norm() < 2e-2
+
+
+def test_no_number_stays_no_number_in_both_halves():
+    values = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    upper, lower = split(values)
+    assert values.isnan().all() and upper.isnan().all() and join(upper, lower).isnan().all()
 
 
 def test_the_kernel_is_refused_by_name_where_it_cannot_run():
@@ -102,8 +106,8 @@ if INTERPRETED:
         for ours, theirs in zip(fused, wanted, strict=True):
             if ours.dtype == torch.int16:
                 ours, theirs = join(fused[0], ours), join(wanted[0], theirs)
-            # in bf16 one step differs by a unit in the last place (2^-8): the interpreter rounds towards zero
-            tolerance = 2e-2 if torch.bfloat16 in (ours.dtype, moments) else 1e-6
+            # in bf16 each of four steps differs by a unit in the last place (2^-8): the interpreter rounds towards zero
+            tolerance = 4e-2 if torch.bfloat16 in (ours.dtype, moments) else 1e-6
             assert (ours.float() - theirs.float()).norm() <= tolerance * theirs.float().norm()
 
 else:
@@ -117,7 +121,7 @@ else:
 
         from megatron_prism.kernels.adamw.program import program
 
-        types = [weight, "*fp32", "*bf16", "*bf16", master, "*fp32", "i32", *["fp32"] * 6, *["constexpr"] * 3]
+        types = [weight, "*fp32", "*bf16", "*bf16", master, "*fp32", "i32", *["fp32"] * 8, *["constexpr"] * 3]
         source = ASTSource(program, dict(zip(program.arg_names, types, strict=True)), {"KIND": kind, "SCALED": True, "BLOCK": 1024})
         assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 1000
 

@@ -46,6 +46,21 @@ def load_with_one_step_tensor(engine: step.Engine, folder: Path) -> checkpoint.P
 LOAD_ALL = checkpoint.load_all
 
 
+WRAP_MODEL = loop.wrap_model
+
+
+def overlapping(*args: Any, overlap: bool) -> Any:
+    """DDP as on CUDA."""
+    return WRAP_MODEL(*args, overlap=True)
+
+
+@contextlib.contextmanager
+def ungathered() -> Iterator[None]:
+    """Checkpoints of weights as they lie, between an update and the forward pass that gathers them."""
+    with mock.patch.object(loop, "wrap_model", overlapping), mock.patch.object(checkpoint, "gather_weights", lambda engine: None):
+        yield
+
+
 @contextlib.contextmanager
 def planted_means() -> Iterator[None]:
     """The mean of micro-batches' means, and nobody looks at what the loss promises of its gradients (that alone would stop the run)."""
@@ -77,6 +92,9 @@ def planted(fault: str | None) -> Iterator[None]:
         ),
         "shared_adam_step": mock.patch.object(checkpoint, "load_all", load_with_one_step_tensor),
         "mean_of_micro_batch_means": planted_means(),
+        # not a fault: weights are gathered while the next forward pass runs, as on CUDA
+        "overlap": mock.patch.object(loop, "wrap_model", overlapping),
+        "overlap_saved_ungathered": ungathered(),
         "padded_rows_in_softmax": mock.patch.object(model, "linear_cross_entropy", over_padded_rows_too),
     }
     with patches[fault]:

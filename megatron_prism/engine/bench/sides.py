@@ -105,13 +105,13 @@ class TimedReader:
 
 
 class TimedOptimizer:
-    """A megatron-core optimizer whose `step` is timed; all else is the optimizer's own."""
+    """Our optimizer, whose `step` is timed; all else is the optimizer's own."""
 
     def __init__(self, optimizer: Any, timeline: Timeline) -> None:
         self.optimizer, self.timeline = optimizer, timeline
 
     def step(self) -> Any:
-        """As MegatronOptimizer.step."""
+        """As Optimizer.step."""
         with self.timeline.span("optimizer"):
             return self.optimizer.step()
 
