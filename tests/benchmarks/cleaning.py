@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ def main() -> None:
 
 
 def _chunks(texts: list[str]) -> list[list[str]]:
-    chunks, room = [[]], CHUNK_BYTES
+    chunks: list[list[str]] = [[]]
+    room = CHUNK_BYTES
     for text in texts:
         chunks[-1].append(text)
         room -= len(text)
@@ -64,7 +66,7 @@ def _parts(count: int) -> dict[str, Callable[[list[str]], object]]:
         "all three": Plan(True, NEAR, table, False),
     }
     return {"filters, all six": lambda texts: [filters.dropped_by(text) for text in texts]} | {
-        name: lambda texts, plan=plan: scan_texts(texts, plan) for name, plan in plans.items()
+        name: partial(scan_texts, plan=plan) for name, plan in plans.items()
     }
 
 

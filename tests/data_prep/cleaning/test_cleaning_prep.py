@@ -16,8 +16,10 @@ from prep_cases import output_bytes, read_split, texts, write_kind
 from megatron_prism.config import load_recipe, to_toml
 from megatron_prism.data_prep import inputs, prepare, tokenizer
 from megatron_prism.data_prep.cleaning.ngrams import ngram_of, write_ngrams
+from megatron_prism.data_prep.cleaning.prepass import PrePass
 from megatron_prism.data_prep.cleaning.words import words
 from megatron_prism.data_prep.settings import PrepConfig
+from megatron_prism.data_prep.source_writer import SourceWriter
 from megatron_prism.data_prep.tokenizer import load_auto
 from megatron_prism.errors import UserError
 from megatron_prism.stages import prep
@@ -136,8 +138,21 @@ def test_reports_say_what_was_cut_and_why_with_place_and_excerpt(planted, cleane
     assert places == {place + 1 for place in truth["parquet"]["contaminated"]}
 
 
-def test_bytes_do_not_depend_on_workers_and_memory(planted, cleaned, tmp_path):
-    config, _ = run(planted[0], f"output={tmp_path / 'out'}", "workers=1", "cleaning.memory_gib=0.00005")
+def test_bytes_do_not_depend_on_workers_memory_and_where_a_run_stopped(planted, cleaned, tmp_path, monkeypatch):
+    overrides = (f"output={tmp_path / 'out'}", "workers=1", "cleaning.memory_gib=0.00005")
+    close = SourceWriter._close_unit
+
+    def stop(writer):
+        if writer.source.name == "gz" and writer.progress.units:
+            raise KeyboardInterrupt
+        close(writer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SourceWriter, "_close_unit", stop)
+        run(planted[0], *overrides)
+    assert (tmp_path / "out" / ".resume" / "cleaning" / "result.json.tmp").is_file()
+    monkeypatch.setattr(PrePass, "run", None)  # it is done: its result is read, not made again
+    config, _ = run(planted[0], *overrides)
     assert output_bytes(config.output) == output_bytes(cleaned[0].output)
     assert not list(config.output.rglob("*.tmp")) and not (config.output / ".resume").exists()
 
