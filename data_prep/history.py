@@ -220,6 +220,12 @@ def _fixed_changes(then: Table, now: Table, records: Sequence[Table]) -> list[st
     keys = [key for key in dict.fromkeys([*then, *now]) if key not in ("sources", "history")]
     changes = [f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys if then.get(key) != now.get(key)]
     digests = {source["name"]: source["digest"] for record in records for source in record["sources"]}
+    names = {digest: name for name, digest in digests.items()}
+    changes += [
+        f"source {source['name']} is {names[source['digest']]} under another name: its documents would be read again from the start"
+        for source in now["sources"]
+        if source["name"] not in digests and source["digest"] in names
+    ]
     return changes + [
         f"source {source['name']}: digest was {digests[source['name']]!r}, now {source['digest']!r}"
         for source in now["sources"]

@@ -77,6 +77,7 @@ def prepare(config: PrepConfig) -> Result:
     journal, tokenizer, resumed = _begin(config, found)
     cleaner = Cleaner(config, found)
     cleaner.run(config.workers or _cores())
+    _check_unchanged(found, config)
     writers = [SourceWriter(config, source, found[source.name], tokenizer, journal) for source in config.source]
     with Reporter(sum(file.bytes for files in found.values() for file in files), resumed) as reporter:
         started = time.perf_counter()
@@ -86,6 +87,18 @@ def prepare(config: PrepConfig) -> Result:
     _write_blend(config, reports)
     rates = (reporter.documents / seconds, reporter.text_bytes / seconds / 1e6, reporter.tokens / seconds)
     return Result(reports, seconds, *rates)
+
+
+def _check_unchanged(found: dict[str, list[Input]], config: PrepConfig) -> None:
+    """After hours of a pre-pass: the files are those that it read. Errors: UserError naming those that are not."""
+    if config.cleaning is None or not config.cleaning.needs_scan:
+        return
+    changed = [file.path for files in found.values() for file in files if inputs.fingerprint(Path(file.path)) != file.fingerprint]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''} changed since cleaning read all documents, and its verdicts would meet "
+            f"others; delete {config.output} and start again"
+        )
 
 
 def _begin(config: PrepConfig, found: dict[str, list[Input]]) -> tuple[Journal, Tokenizer, bool]:

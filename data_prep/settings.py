@@ -182,4 +182,10 @@ class PrepConfig(Block):
             raise ValueError(f"source names must differ (also on disks that ignore case); got {names}")
         if len({source.weight is None for source in self.source}) > 1:
             raise ValueError("give every source a weight, or none of them (then each has the share of its tokens)")
+        functions = [source.name for source in self.source if source.function]
+        if functions and self.cleaning is not None and self.cleaning.needs_scan:
+            raise ValueError(
+                f"source {functions[0]!r} is a function, and cleaning reads every document twice: what a function yields may differ; "
+                "write its documents to a file first, or leave out duplicates and contamination"
+            )
         return self

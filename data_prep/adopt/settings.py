@@ -55,6 +55,15 @@ class AdoptConfig(Block):
     """files read at once; none: one for each core, at most 8. Not part of what the output is"""
 
     @model_validator(mode="after")
+    def _whole_documents_are_held_out(self) -> "AdoptConfig":
+        if self.sequences == "documents" and self.validation_fraction:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction:g} with sequences=documents would hold out single sentences of documents that are "
+                "trained on; give validation_paths, or no held-out share"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> "AdoptConfig":
         names = [source.name for source in self.source]
         if len({name.lower() for name in names}) < len(names):

@@ -1,6 +1,6 @@
 """N-gram files: the word n-grams of an evaluation task, one JSON object a line, and the table of them that documents are looked up in.
 
-    {"format": "prism-ngrams", "version": 1, "task": "sums", "n": 13, "normalisation": "words-1", "form": "plain", "questions": 100, "ngrams": 2310}
+    {"format": "prism-ngrams", "version": 1, "task": "sums", "n": 13, "normalisation": "words-2", "form": "plain", "questions": 100, "ngrams": 2310}
     {"question": "sums/17", "ngram": "natalia sold clips to 48 of her friends in april and then she"}
 or, with "form": "hashed", for tasks whose text must not be passed on:
     {"question": "sums/17", "words": 13, "hash": "<32 hex digits>"}
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_prism import artifact
 from megatron_prism.data_prep.cleaning.words import NORMALISATION, Flat, check_hash, hash_words, ngrams, sequence_hash
+from megatron_prism.data_prep.cleaning.words import words as words_of
 from megatron_prism.errors import UserError
 
 FORMAT = "prism-ngrams"
@@ -116,9 +117,14 @@ def _read_line(path: Path, number: int, data: str, form: str) -> Ngram:
     try:
         line = json.loads(data)
         if form == "plain":
-            return ngram_of(line["question"], line["ngram"].split(" "))
+            found = words_of(line["ngram"])
+            if not found or found != line["ngram"].split(" "):
+                raise ValueError(f"an n-gram that is not in the normalised form {NORMALISATION}, {' '.join(found)!r}")
+            return ngram_of(line["question"], found)
         if len(line["hash"]) != 32:
             raise ValueError(f"a hash of {len(line['hash'])} digits, not 32")
+        if type(line["words"]) is not int or line["words"] < 1:
+            raise ValueError(f"words={line['words']!r}, not a count of 1 or more")
         return Ngram(line["question"], line["words"], int(line["hash"][:16], 16), int(line["hash"][16:], 16), None)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}, line {number} is no line of an n-gram file ({type(error).__name__}: {error}); make the file again") from None

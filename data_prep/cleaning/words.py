@@ -1,11 +1,13 @@
 """Words and word n-grams as 64-bit numbers: what near duplicates and contamination are told by.
 
-A word is a run of letters, digits, underscores and combining accents, in NFKC and casefolded; everything else separates words and is dropped, as in
-GPT-3's decontamination (Brown et al. 2020, arXiv:2005.14165, appendix C). Chinese characters and Japanese kana are a word each.
+A word is a run of letters, digits, underscores and combining marks (accents, vowel signs), in NFKC and casefolded; everything else separates words
+and is dropped, as in GPT-3's decontamination (Brown et al. 2020, arXiv:2005.14165, appendix C). Chinese characters and Japanese kana are a word each,
+with the marks that follow them.
 
 Owns: that normalisation (NORMALISATION names it in files), and the hashes of words and n-grams. Refuses nothing.
 """
 
+import functools
 import itertools
 import re
 import unicodedata
@@ -16,12 +18,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-NORMALISATION = "words-1"
+NORMALISATION = "words-2"
 MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
 BLOCK_CHARACTERS = 1 << 20
-_SINGLE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_SINGLE = "\u3040-\u3098\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d"
 _ASCII_WORD = re.compile(r"\w+", re.ASCII)
-_WORD = re.compile(rf"[{_SINGLE}]|(?:[^\W{_SINGLE}]|[\u0300-\u036f])+")
 _SPACE = re.compile(r"\s")
 _ASCII_WORDS = bytes(ord(chr(byte).lower()) if re.fullmatch(_ASCII_WORD, chr(byte)) else ord(" ") for byte in range(256))
 """bytes.translate table: capitals to small letters, all that is no part of a word to a space (many times as quick as the expression)"""
@@ -35,11 +36,21 @@ class Flat(NamedTuple):
     offsets: NDArray[np.int64]
 
 
+@functools.cache
+def _word() -> re.Pattern[str]:
+    """The expression of a word; made when the first text needs it, for it looks at every code point."""
+    marks = [point for point in range(0x300, 0x110000) if unicodedata.category(chr(point)) in ("Mn", "Mc", "Me")]
+    starts = [point for point, before in zip(marks, [0, *marks], strict=False) if point != before + 1]
+    stops = [point for point, after in zip(marks, [*marks[1:], 0], strict=True) if after != point + 1]
+    mark = "".join(f"{re.escape(chr(start))}-{re.escape(chr(stop))}" for start, stop in zip(starts, stops, strict=True))
+    return re.compile(rf"[{_SINGLE}][{mark}\uff9e\uff9f]*|(?:[^\W{_SINGLE}]|[{mark}])+")
+
+
 def words(text: str) -> list[str]:
     """The words of a text."""
     if text.isascii():
         return text.encode().translate(_ASCII_WORDS).decode().split()
-    return [_normal(word) for word in _WORD.findall(text)]
+    return [_normal(word) for word in _word().findall(text)]
 
 
 def _normal(word: str) -> str:
@@ -48,7 +59,7 @@ def _normal(word: str) -> str:
 
 def spans(text: str) -> list[tuple[int, int]]:
     """Where each word stands in the text: characters [start, stop)."""
-    pattern = _ASCII_WORD if text.isascii() else _WORD
+    pattern = _ASCII_WORD if text.isascii() else _word()
     return [found.span() for found in pattern.finditer(text)]
 
 

@@ -8,11 +8,18 @@ from megatron_prism.data_prep.history import go_on, recorded
 from megatron_prism.data_prep.manifest import Manifest
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.errors import UserError
 
 
 def check(cfg: TrainConfig) -> budgets.Budget:
     """What the run takes of each source. Errors: UserError for data that changed since the run's checkpoint, and for a source read too often."""
     blend = load_blend(cfg.data.blend)
+    limited = [source.name for source in blend.sources if source.max_epochs is not None]
+    if limited and cfg.data.packing is not None:
+        raise UserError(
+            f"max_epochs of {', '.join(limited)} counts tokens, and data.packing reads buffers, which hold fewer: the limit would not hold; "
+            "leave out max_epochs, or data.packing"
+        )
     manifests = blend.manifests()
     records, steps, samples = _plans(cfg, blend, manifests)
     sizes = [manifest.num_tokens for manifest in manifests]

@@ -267,6 +267,7 @@ def test_a_killed_run_reads_only_the_files_that_are_left_and_ends_the_same(tmp_p
             r"but \['s'\] have validation_paths",
         ),
         ({"source": [{"name": "s", "paths": ["{}/old"]}, {"name": "t", "weight": 1, "paths": ["x"]}]}, "every source a weight"),
+        ({"sequences": "documents", "validation_fraction": 0.1}, "would hold out single sentences"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(tmp_path, config, pairs, keys, words):

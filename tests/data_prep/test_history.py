@@ -160,6 +160,7 @@ def test_another_mix_is_refused_exactly_unless_it_is_asked_for(sources, words):
         (data(FIRST, packing={"pad_multiple": 4}), "packing was None, now {'pad_multiple': 4}"),
         (data({**FIRST, "math": (1.0, "other", 80)}), "source math: digest was 'y', now 'other'"),
         (data({**FIRST, "math": (9.0, "other", 80)}), "source math: weight was 1.0, now 9.0"),
+        (data({"code": FIRST["code"], "maths": (1.0, "y", 80)}), "source maths is math under another name"),
     ],
 )
 def test_what_no_plan_may_change_is_refused_by_name(now, words):

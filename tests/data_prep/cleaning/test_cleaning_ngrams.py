@@ -37,11 +37,13 @@ def test_a_file_reads_back_as_written_and_hashed_ones_hold_no_words(tmp_path, ha
     [
         (lambda lines: lines[:-1], "holds 7 n-grams, its first line says 8"),
         (lambda lines: ['{"format": "other"}', *lines[1:]], "does not begin with a header"),
-        (lambda lines: [lines[0].replace("words-1", "words-9"), *lines[1:]], "does not begin with a header"),
+        (lambda lines: [lines[0].replace("words-2", "words-9"), *lines[1:]], "does not begin with a header"),
         (lambda lines: [lines[0].replace('"version": 1', '"version": 2'), *lines[1:]], "has version 2"),
         (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2 is no line of an n-gram file"),
         (lambda lines: ["", *lines], "first line is no header"),
         (lambda lines: [lines[0], '{"question": "x"}', *lines[2:]], "line 2 is no line"),
+        (lambda lines: [lines[0], '{"question": "x", "ngram": "Natalia sold clips, in April"}', *lines[2:]], "not in the normalised form"),
+        (lambda lines: [lines[0], '{"question": "x", "ngram": ""}', *lines[2:]], "not in the normalised form"),
     ],
 )
 def test_files_that_were_changed_are_refused(tmp_path, edit, message):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from prep_cases import output_bytes, read_split, texts, write_kind
 
 from megatron_prism.config import load_recipe, to_toml
@@ -258,3 +259,28 @@ def test_a_pre_pass_killed_at_any_unit_goes_on_and_ends_as_the_unbroken_one(tmp_
     assert output_bytes(tmp_path / "broken") == output_bytes(tmp_path / "whole")
     verdicts = np.fromfile(folder / "gz" / "verdict.tmp", np.uint8)
     assert len(verdicts) == 2000 and (verdicts == 1).nonzero()[0][-600:].tolist() == list(range(1400, 2000))
+
+
+def test_a_function_is_not_read_twice(planted):
+    source = {"name": "made", "function": "somewhere.py:documents"}
+    with pytest.raises(UserError, match="what a function yields may differ"):
+        load_recipe(
+            None, ["output=out", "tokenizer=t", f"source={json.dumps([source]).replace(': ', ' = ')}", "cleaning.exact_duplicates=true"], PrepConfig
+        )
+
+
+def test_a_file_that_changes_after_the_pre_pass_is_refused(tokenizer_folder, tmp_path, monkeypatch):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document number {number}"}) + "\n" for number in range(20)))
+    recipe = tmp_path / "prep.toml"
+    tables = {"output": str(tmp_path / "out"), "tokenizer": str(tokenizer_folder), "source": [{"name": "s", "paths": [str(path)]}]}
+    recipe.write_text(tomli_w.dumps({**tables, "cleaning": {"exact_duplicates": True}}))
+    whole = PrePass.run
+
+    def then_changed(self, workers, result):
+        whole(self, workers, result)
+        path.write_text(path.read_text() + json.dumps({"text": "one more"}) + "\n")
+
+    monkeypatch.setattr(PrePass, "run", then_changed)
+    with pytest.raises(UserError, match="changed since cleaning read"):
+        run(recipe)

@@ -29,6 +29,15 @@ def test_words_are_lower_case_without_punctuation_and_ideographs_stand_alone():
     assert words(TEXTS[6]) == ["café", "café"] == words(unicodedata.normalize("NFD", TEXTS[6]))
 
 
+def test_vowel_signs_belong_to_their_words_and_kana_are_one_word_each_in_every_form():
+    assert words("\u0915\u093f \u0915\u0940 \u0915\u093e") == ["\u0915\u093f", "\u0915\u0940", "\u0915\u093e"]  # Hindi: ki, ki:, ka:
+    assert len(words("\u092d\u093e\u0930\u0924 \u0915\u0940 \u0930\u093e\u091c\u0927\u093e\u0928\u0940")) == 3
+    kana = "\u304c\u30ae"
+    half_width = "\uff76\uff9e\uff77\uff9e"
+    assert words(kana) == words(unicodedata.normalize("NFD", kana)) == list(kana)
+    assert words(half_width) == ["\u30ac", "\u30ae"]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_spans_are_where_the_words_stand(text):
     assert [words(text[start:stop]) for start, stop in spans(text)] == [[word] for word in words(text)]
