@@ -75,11 +75,11 @@ def train(cfg: TrainConfig) -> Path:
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_asked", True))
     try:
         finished = _loop(run)
-        if finished and run.is_main:
-            artifact.complete(cfg.output)
     finally:
         run.close()
         signal.signal(signal.SIGTERM, previous)
+    if finished and run.is_main:
+        artifact.complete(cfg.output)  # after the log is closed: TensorBoard's writer has a thread of its own
     return cfg.output
 
 
