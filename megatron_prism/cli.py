@@ -118,6 +118,11 @@ def train(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> N
     _run_stage("train", words, dry_run, keys)
 
 
+@app.command(help=stages.STAGES["merge"])
+def merge(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
+    _run_stage("merge", words, dry_run, keys)
+
+
 @app.command(help=stages.STAGES["evaluate"])
 def evaluate(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
     _run_stage("evaluate", words, dry_run, keys)

@@ -10,7 +10,7 @@ The artifact around the folders (config, provenance, COMPLETE) is the caller's. 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def import_hf(source: Path, output: Path, *, tp: int = 1, pp: int = 1, dtype: st
     tp, pp: how stored tensors are cut and spread over files; any other layout can load them. dtype: float32, bfloat16, float16, or None: as in the
     source. like: Hugging Face folder with config and tokenizer, needed for a Megatron-LM checkpoint. Errors: UserError naming file and tensor.
     """
-    wanted = _dtype(dtype)
+    wanted = to_dtype(dtype)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".gguf-") as scratch:
         if source.suffix == ".gguf":
@@ -65,11 +65,16 @@ def import_hf(source: Path, output: Path, *, tp: int = 1, pp: int = 1, dtype: st
             opened = _open_megatron(source, like)
         else:
             opened = open_hf(source)
-        shutil.rmtree(output / HF, ignore_errors=True)
-        hf.carry_files(opened.hf_dir, output / HF, leave=[SOURCE_TYPES])
-        artifact.write_atomic(output / HF / SOURCE_TYPES, _record_dtypes(opened.dtypes))
-        sharded.write_streaming(output / SHARDED, _pieces(opened, pp, wanted), tp)
+        write_checkpoint(opened, output, tp, pp, wanted)
     return output
+
+
+def write_checkpoint(source: Source, output: Path, tp: int, pp: int, dtype: torch.dtype | None = None) -> None:
+    """Write `output`/hf and `output`/sharded: a source's weights, in this type (None: as they come), with its config and tokenizer."""
+    shutil.rmtree(output / HF, ignore_errors=True)
+    hf.carry_files(source.hf_dir, output / HF, leave=[SOURCE_TYPES])
+    artifact.write_atomic(output / HF / SOURCE_TYPES, _record_dtypes(source.dtypes))
+    sharded.write_streaming(output / SHARDED, _pieces(source, pp, dtype), tp)
 
 
 def export_hf(checkpoint: Path, output: Path, dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
@@ -85,32 +90,43 @@ def export_hf(checkpoint: Path, output: Path, dtype: str | None = None, max_shar
 
 def write_hf(folder: Path, output: Path, dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES) -> Path:
     """`export_hf` of one checkpoint folder, whether its COMPLETE mark is there yet or not."""
-    wanted = _dtype(dtype)
+    wanted = to_dtype(dtype)
     family, model = families.load(folder / HF)
-    reader = sharded.Reader(folder / SHARDED)
-    names = MegatronNames(reader, family, model)
-    (output / "config.json").unlink(missing_ok=True)
-    hf.carry_files(folder / HF, output, leave=["config.json", SOURCE_TYPES])
-    asked = _export_dtypes(folder, wanted)
+    names = MegatronNames(sharded.Reader(folder / SHARDED), family, model)
+    asked = export_dtypes(folder, wanted)
     plan = []
     for entry in family.rules(model):
         stored = names.dtype(entry)
         as_stored = entry.rule.keep_fp32 and wanted != torch.float32
         plan += [hf.Planned(part.name, part.shape, stored if as_stored else asked(part.name, stored)) for part in entry.parts(model)]
-    hf.write_weights(output, plan, _hf_tensors(names, family, model), max_shard_bytes)
-    temporary = output / ".config.json.tmp"
-    shutil.copyfile(folder / HF / "config.json", temporary)
-    hf.publish_config(temporary)
-    if wanted is not None:
-        hf.declare_dtype(temporary, wanted)
-    temporary.replace(output / "config.json")
+    write_hf_folder(folder / HF, output, plan, _hf_tensors(names, family, model), wanted, max_shard_bytes)
     return output
+
+
+def write_hf_folder(
+    like: Path,
+    output: Path,
+    plan: Sequence[hf.Planned],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+) -> None:
+    """Write planned tensors beside the config and tokenizer of `like`. dtype: for config.json to name; None: what it names already."""
+    (output / "config.json").unlink(missing_ok=True)
+    hf.carry_files(like, output, leave=["config.json", SOURCE_TYPES])
+    hf.write_weights(output, plan, tensors, max_shard_bytes)
+    temporary = output / ".config.json.tmp"
+    shutil.copyfile(like / "config.json", temporary)
+    hf.publish_config(temporary)
+    if dtype is not None:
+        hf.declare_dtype(temporary, dtype)
+    temporary.replace(output / "config.json")
 
 
 def compared_dtype(folder: Path, dtype: str | None) -> torch.dtype | None:
     """The type to round both sides to before comparing an export with its checkpoint: what they have in common."""
     stored = sharded.Reader(folder / SHARDED).dtype("embedding.word_embeddings.weight")
-    return _dtype(dtype) if stored == torch.float32 else stored
+    return to_dtype(dtype) if stored == torch.float32 else stored
 
 
 # --- from Hugging Face -------------------------------------------------------------------------------------------------------------------------
@@ -290,7 +306,7 @@ def _iteration(folder: Path) -> Path:
 # --- types -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def to_dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"dtype={name!r} is not known; choose {', '.join(DTYPES)}")
     return None if name is None else DTYPES[name]
@@ -304,7 +320,7 @@ def _record_dtypes(dtypes: dict[str, torch.dtype]) -> str:
     return json.dumps({"dtype": _name(common), "others": others}, indent=1) + "\n"
 
 
-def _export_dtypes(folder: Path, wanted: torch.dtype | None) -> Callable[[str, torch.dtype], torch.dtype]:
+def export_dtypes(folder: Path, wanted: torch.dtype | None) -> Callable[[str, torch.dtype], torch.dtype]:
     """(Hugging Face name, stored type) -> type to export: the one asked for, else the original's, else the one stored."""
     if wanted is not None:
         return lambda name, stored: wanted

@@ -20,6 +20,7 @@ STAGES = {
     "adopt": "existing Megatron shards -> manifests and a blend",
     "convert": "Hugging Face model <-> megatron-core checkpoint",
     "train": "checkpoint (or random weights) + blend -> checkpoints",
+    "merge": "several models of one shape -> one, their weighted mean",
     "evaluate": "model -> scores",
     "bench": "model and layout -> what a training step costs",
 }
