@@ -167,7 +167,7 @@ def _system(path: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     from fsspec.core import url_to_fs
 
-    return url_to_fs(path)  # type: ignore[no-any-return]
+    return url_to_fs(path)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Tokenizer(NamedTuple):
     vocab_size: int
     end_of_document: int
     chat_template: str | None = None
-    special_tokens: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    special_tokens: dict[str, Any] | None = None
     faster: bool = False
 
 

@@ -79,7 +79,7 @@ def template_of(source: SourceConfig, tokenizer: Tokenizer | None) -> Template |
     if text is None:
         missing = "the tokenizer has no chat template" if tokenizer else "there is no tokenizer yet, whose chat template it could be"
         raise UserError(f"source {source.name!r}: messages.style='template', and {missing}; give messages.template, a .jinja file, or style='chat'")
-    return Template(text, tokenizer.special_tokens if tokenizer else {}, turns.arguments or {})
+    return Template(text, (tokenizer and tokenizer.special_tokens) or {}, turns.arguments or {})
 
 
 def _keep_lowest(heap: list[int], value: int, count: int) -> None:

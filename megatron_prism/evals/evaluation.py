@@ -148,7 +148,10 @@ class ModelRun:
                 self._measure(part)
         if not self.ranks.is_main or not parts:
             return {}
-        late = lambda: [place % self.ranks.world for place, part in enumerate(parts) if self._measured(part) is None]  # noqa: E731
+
+        def late() -> list[int]:
+            return [place % self.ranks.world for place, part in enumerate(parts) if self._measured(part) is None]
+
         self.ranks.wait(f"perplexity of {self.model.name}", late)
         return _figures(parts, {part.source: Likelihood(**found) for part in parts if (found := self._measured(part))})
 
@@ -175,9 +178,11 @@ class ModelRun:
 
     def _local_model(self) -> Any:
         """The transformers model: perplexity is measured in this process, whatever generates."""
-        if self.cfg.generation.backend == "transformers":
-            return self.generator.model  # type: ignore[attr-defined]
-        return self._transformers.model  # type: ignore[attr-defined]
+        from megatron_prism.generate.transformers_backend import TransformersGenerator
+
+        generator = self.generator if self.cfg.generation.backend == "transformers" else self._transformers
+        assert isinstance(generator, TransformersGenerator)
+        return generator.model
 
     @cached_property
     def _transformers(self) -> Generator:

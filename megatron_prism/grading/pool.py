@@ -15,8 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,7 @@ from megatron_prism.grading.extract import extract
 from megatron_prism.grading.graders import check_question
 from megatron_prism.grading.question import Question, Verdict
 from megatron_prism.grading.sandbox import SandboxError
-from megatron_prism.grading.sandbox.frames import EndedError, read_frame, write_frame
+from megatron_prism.grading.sandbox.frames import EndedError, descriptors, hang_up, read_frame, write_frame
 
 START_SECONDS = 300.0
 CPU_SECONDS = 15.0
@@ -56,8 +55,7 @@ class Worker:
             stderr=self.stderr,
             env=environment,
         )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.inbox, self.outbox = self.process.stdin.fileno(), self.process.stdout.fileno()
+        self.inbox, self.outbox = descriptors(self.process)
         self.ready = False
         self.index: int | None = None
         self.seconds = self.deadline = 0.0
@@ -103,9 +101,7 @@ class Worker:
     def kill(self) -> int:
         """End it and what it started; returns how it ended (negative: by which signal)."""
         self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
+        hang_up(self.process)
         code = self.process.wait()
         self.stderr.close()
         return code
@@ -119,7 +115,7 @@ class Pool:
         self._workers: list[Worker] = []
         self._lock = threading.Lock()
 
-    def verdicts(self, pairs: Iterable[tuple[Question, str]]) -> Iterator[Verdict]:
+    def verdicts(self, pairs: Iterable[tuple[Question, str]]) -> Generator[Verdict, None, None]:
         """The verdict on each (question, text), in order; it reads ahead in `pairs`. Errors: UserError, see `check_question`; SandboxError."""
         with self._lock:
             try:

@@ -24,6 +24,7 @@ import numpy as np
 
 from megatron_prism import generate
 from megatron_prism.generate import Generator, Request, Sampling
+from megatron_prism.generate.vllm_backend import VllmGenerator
 
 OFFLINE = Path(__file__).with_name("vllm_offline.py")
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
@@ -72,7 +73,8 @@ def measure_vllm(options: argparse.Namespace, asked: list[Request]) -> None:
     """Ours and the offline engine, in turns; both are up all the time, and only one works."""
     settings: dict[str, Any] = {"batch_size": options.batch_size, "dtype": options.dtype, "max_model_len": 1024, "server_flags": FLAGS}
     with generate.load(options.model, "vllm", **settings) as generator, Offline(options, asked) as offline:
-        generator.speller.eos_ids = []  # type: ignore[attr-defined]
+        assert isinstance(generator, VllmGenerator)
+        generator.speller.eos_ids = []
         compare(options, {"ours": lambda: complete(generator, asked), "vLLM's LLM.generate": offline.run})
 
 
@@ -101,7 +103,8 @@ class Offline:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()  # type: ignore[union-attr]
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.process.wait()
 
 

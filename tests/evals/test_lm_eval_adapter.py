@@ -16,42 +16,38 @@ from megatron_prism.evals import retention
 from megatron_prism.evals.lm_eval_adapter import LmEvalModel
 from megatron_prism.evals.retention import Measure, RetentionSuite
 
-CHOICE = """
-task: tiny_choice
+COMMON = """
+task: tiny_{name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}, train: {data}}}}}
-output_type: multiple_choice
 test_split: test
+"""
+OWN = {
+    "choice": """
+output_type: multiple_choice
 fewshot_split: train
 num_fewshot: 2
-doc_to_text: "{{{{question}}}} Answer:"
+doc_to_text: "{{question}} Answer:"
 doc_to_choice: ["four", "five", "seven eight", "nine"]
 doc_to_target: target
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-WRITE = """
-task: tiny_write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "write": """
 output_type: generate_until
-test_split: test
 num_fewshot: 0
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{target}}}}"
-generation_kwargs: {{until: [".", "t"], max_gen_toks: 24, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
-ROLL = """
-task: tiny_roll
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+doc_to_text: "{{question}}"
+doc_to_target: "{{target}}"
+generation_kwargs: {until: [".", "t"], max_gen_toks: 24, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+    "roll": """
 output_type: loglikelihood_rolling
-test_split: test
 num_fewshot: 0
 doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: word_perplexity}}]
-"""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+""",
+}
 SUITE = RetentionSuite(
     name="tiny",
     about="x",
@@ -73,9 +69,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = "one two three four five six seven eight nine ten".split()
     rows = [{"question": f"the cat sat on {' '.join(numbers[: place % 9 + 1])}", "target": place % 4} for place in range(12)]
     (path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("choice", CHOICE), ("write", WRITE), ("roll", ROLL)):
-        (path / f"{name}.yaml").write_text(text.format(data=path / "questions.jsonl"))
+    for name in OWN:
+        write_task(path, name, path / "questions.jsonl")
     return path
+
+
+def write_task(folder: Path, name: str, data: Path, like: str = "") -> None:
+    """A task file of lm-eval's."""
+    (folder / f"{name}.yaml").write_text(COMMON.format(name=name, data=data) + OWN[like or name])
 
 
 def evaluated(model: Any, tasks: Path, name: str) -> Any:
@@ -188,7 +189,7 @@ def test_the_stage_writes_scores_and_samples_and_runs_once(folder: Path, tasks: 
 
 
 def test_unknown_tasks_and_missing_data_are_named(folder: Path, tasks: Path, tmp_path: Path) -> None:
-    (tmp_path / "gone.yaml").write_text(CHOICE.replace("tiny_choice", "tiny_gone").format(data=tmp_path / "gone.jsonl"))
+    write_task(tmp_path, "gone", tmp_path / "gone.jsonl", like="choice")
     with generate.load(folder, device="cpu") as generator:
         for task, message in (("no_such", "has no task no_such"), ("tiny_gone", "cannot prepare task tiny_gone.*gone.jsonl")):
             suite = RetentionSuite(name="x", about="x", tasks=(Measure(column="x", task=task, metrics=("acc,none",)),))

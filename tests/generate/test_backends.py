@@ -23,6 +23,7 @@ from megatron_prism import generate
 from megatron_prism.errors import UserError
 from megatron_prism.generate import Completion, Generator, Request, Sampling
 from megatron_prism.generate.interface import cut_at_stop
+from megatron_prism.generate.transformers_backend import TransformersGenerator
 from megatron_prism.generate.vllm_backend import VllmGenerator
 from megatron_prism.generate.vllm_server import PYTHON
 
@@ -115,14 +116,12 @@ def test_a_stop_string_ends_a_completion_and_is_cut_off(generator: Generator) ->
         assert not stopped or len(after.tokens) < len(before.tokens)
 
 
-def test_the_end_of_sequence_token_ends_a_completion_and_is_kept(generator: Generator) -> None:
+def test_the_end_of_sequence_token_ends_a_completion_and_is_kept(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(generator, TransformersGenerator | VllmGenerator)
     free = generator.generate(PROMPTS, Sampling(max_new_tokens=16))
     end = free[0][0].tokens[5]
-    kept, generator.speller.eos_ids = generator.speller.eos_ids, [end]  # type: ignore[attr-defined]
-    try:
-        ending = generator.generate(PROMPTS, Sampling(max_new_tokens=16))
-    finally:
-        generator.speller.eos_ids = kept  # type: ignore[attr-defined]
+    monkeypatch.setattr(generator.speller, "eos_ids", [end])
+    ending = generator.generate(PROMPTS, Sampling(max_new_tokens=16))
     assert ending[0][0].finish_reason == "stop"
     for (before,), (after,) in zip(free, ending, strict=True):
         count = before.tokens.index(end) + 1 if end in before.tokens else len(before.tokens)

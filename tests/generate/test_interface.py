@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,9 @@ from megatron_prism.generate.room import fit, fit_pairs
         ({"stop": ("",)}, "empty"),
     ],
 )
-def test_impossible_sampling_is_refused(wrong: dict[str, object], rule: str) -> None:
+def test_impossible_sampling_is_refused(wrong: dict[str, Any], rule: str) -> None:
     with pytest.raises(UserError, match=rule):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        Sampling(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +85,14 @@ def test_a_request_lowers_the_samplings_limit_and_never_raises_it() -> None:
 
 def test_pairs_keep_their_continuation_whole() -> None:
     assert fit_pairs([((1, 2, 3), (4, 5))], 4, "truncate_left") == [([2, 3], [4, 5])]
-    for pair, positions, on_too_long in ((((1, 2, 3), (4, 5)), 4, "refuse"), (((1, 2), (3, 4, 5)), 3, "truncate_left"), (((), (1,)), 4, "refuse")):
+    refused: list[tuple[tuple[tuple[int, ...], tuple[int, ...]], int, OnTooLong]] = [
+        (((1, 2, 3), (4, 5)), 4, "refuse"),
+        (((1, 2), (3, 4, 5)), 3, "truncate_left"),
+        (((), (1,)), 4, "refuse"),
+    ]
+    for pair, positions, on_too_long in refused:
         with pytest.raises(UserError):
-            fit_pairs([pair], positions, on_too_long)  # type: ignore[arg-type]
+            fit_pairs([pair], positions, on_too_long)
 
 
 def test_wrong_settings_and_folders_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:

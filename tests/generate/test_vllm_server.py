@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
+from fake_vllm import alive, stand_in
 from tiny_hf import make_tiny_tokenizer
 
 from megatron_prism import generate
@@ -23,17 +23,13 @@ from megatron_prism.generate.settings import BackendConfig
 from megatron_prism.generate.vllm_backend import VllmGenerator, gpu_groups, stream_seed
 from megatron_prism.generate.vllm_server import PYTHON
 
-FAKE = Path(__file__).with_name("fake_vllm.py")
 REQUESTS = [Request((place % 200 + 1,), place) for place in range(40)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose weights nobody reads, and the fake in place of vLLM's Python."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setenv(PYTHON, str(python))
+    monkeypatch.setenv(PYTHON, str(stand_in(tmp_path)))
     model = make_tiny_tokenizer(tmp_path / "model")
     (model / "config.json").write_text('{"max_position_embeddings": 64, "eos_token_id": 0}')
     return model
@@ -60,11 +56,6 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
-
-
-def alive(pids: Path) -> list[int]:
-    numbers = [int(pid) for pid in pids.read_text().split()]
-    return [pid for pid in numbers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def test_every_request_is_answered_by_any_number_of_servers(folder: Path) -> None:

@@ -1,5 +1,7 @@
 r"""Known verdicts on mathematical answers, by hand; where math-verify is more lenient or stricter than a mathematician, the table says so."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from megatron_prism.grading import Pool, Question
@@ -136,9 +138,9 @@ RIGHT_OR_WRONG = {True: "correct", False: "wrong"}
 
 
 @pytest.fixture(scope="module")
-def pool() -> "Pool":
+def pool() -> Iterator[Pool]:
     with Pool(1) as pool:
-        yield pool  # type: ignore[misc]
+        yield pool
 
 
 def test_the_last_box_counts_and_a_cut_off_box_is_no_answer(pool: Pool) -> None:

@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hostile_programs
 import pytest
@@ -20,9 +21,9 @@ from megatron_prism.grading import sandbox
 from megatron_prism.grading.sandbox import Limits, Outcome, Sandbox, SandboxError
 
 
-def run(program: str, stdin: str = "", limits: Limits = LIMITS, **settings: object) -> Outcome:
+def run(program: str, stdin: str = "", limits: Limits = LIMITS, **settings: Any) -> Outcome:
     with Sandbox(textwrap.dedent(program), limits) as box:
-        return box.run(stdin, **settings)  # type: ignore[arg-type]
+        return box.run(stdin, **settings)
 
 
 @pytest.fixture

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_vllm import alive, stand_in
 from tiny_hf import make_tiny_model
 from tiny_shards import DOCUMENTS
 
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe, validate
 from megatron_prism.errors import UserError
+from megatron_prism.evals import perplexity
 from megatron_prism.evals.frames import records
 from megatron_prism.evals.models import find_model, fingerprint
+from megatron_prism.generate.vllm_server import PYTHON
 from megatron_prism.stages import evaluate, prep
 
 
@@ -109,6 +112,23 @@ def test_sampled_evaluation_counts_every_completion(place: Path) -> None:
     assert scores["one"]["tasks"]["sums"]["completions_per_question"] == 3
     assert len(list(records(place / "sampled" / "responses" / "one" / "sums.jsonl.zst"))) == 18
     assert set(scores["one"]["tasks"]["sums"]["pass_at"]) == {"1", "2", "3"}
+
+
+def test_vllm_servers_are_gone_before_perplexity_takes_their_memory(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PYTHON, str(stand_in(tmp_path)))
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+    measured = []
+
+    def measure(*arguments: Any) -> perplexity.Likelihood:
+        measured.append(alive(tmp_path / "pids"))
+        return original(*arguments)
+
+    original = perplexity.measure
+    monkeypatch.setattr(perplexity, "measure", measure)
+    scores = _run(place, "servers", models=[{"name": "one", "path": str(place / "one")}], generation={"backend": "vllm"})
+    assert scores["one"]["tasks"]["sums"]["num_questions"] == 6
+    assert (tmp_path / "pids").read_text() and measured == [[], []]
+    assert scores["one"]["perplexity"] == _run(place, "scores")["one"]["perplexity"]
 
 
 def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:

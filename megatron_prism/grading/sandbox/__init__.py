@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from megatron_prism.errors import UserError
-from megatron_prism.grading.sandbox.frames import EndedError, Message, read_frame, write_frame
+from megatron_prism.grading.sandbox.frames import EndedError, Message, descriptors, hang_up, read_frame, write_frame
 
 Status = Literal["ok", "runtime_error", "time_limit", "wall_limit", "output_limit"]
 UNPROTECTED = "PRISM_SANDBOX"
@@ -92,8 +92,9 @@ class Sandbox:
         }
         process = self._started()
         try:
-            write_frame(_descriptor(process.stdin), request, stdin.encode(errors="surrogateescape"))
-            reply, payload = read_frame(_descriptor(process.stdout), limits.wall + START_SECONDS)
+            inbox, outbox = descriptors(process)
+            write_frame(inbox, request, stdin.encode(errors="surrogateescape"))
+            reply, payload = read_frame(outbox, limits.wall + START_SECONDS)
         except (EndedError, OSError) as error:
             self.close()
             raise SandboxError(f"the sandbox's inner process: {error}") from error
@@ -124,8 +125,9 @@ class Sandbox:
             "unprotected": os.environ.get(UNPROTECTED) == "unprotected",
         }
         try:
-            write_frame(_descriptor(process.stdin), setup)
-            hello, _ = read_frame(_descriptor(process.stdout), START_SECONDS)
+            inbox, outbox = descriptors(process)
+            write_frame(inbox, setup)
+            hello, _ = read_frame(outbox, START_SECONDS)
         except (EndedError, OSError) as error:
             self.close()
             raise SandboxError(f"the sandbox did not start: {error}") from error
@@ -140,10 +142,7 @@ class Sandbox:
     def close(self) -> None:
         """End the program and all it started: asked first (so that the system counts its processor time as ours), then killed."""
         if self._process is not None:
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    with suppress(OSError):
-                        pipe.close()
+            hang_up(self._process)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
             self._process.kill()
@@ -165,10 +164,6 @@ def describe() -> Mapping[str, str]:
     """The protections that a program has on this machine, by name; "off: why" for those it has not. Errors: as `Sandbox.run`."""
     with Sandbox("") as sandbox:
         return sandbox.run().protections
-
-
-def _descriptor(pipe: object) -> int:
-    return pipe.fileno()  # type: ignore[attr-defined, no-any-return]
 
 
 @cache

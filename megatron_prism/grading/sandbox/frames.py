@@ -4,7 +4,11 @@ import json
 import os
 import select
 import time
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 Message = dict[str, Any]
 CHUNK_BYTES = 1 << 20
@@ -16,6 +20,20 @@ class EndedError(Exception):
     def __init__(self, late: bool = False) -> None:
         super().__init__("no answer in time" if late else "ended")
         self.late = late
+
+
+def descriptors(process: "subprocess.Popen[bytes]") -> tuple[int, int]:
+    """Where a process that was started with pipes reads frames and where it writes them."""
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin.fileno(), process.stdout.fileno()
+
+
+def hang_up(process: "subprocess.Popen[bytes]") -> None:
+    """Close the pipes to a process, whatever waits in them."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
 
 
 def write_frame(descriptor: int, message: Message, payload: bytes = b"") -> None:

@@ -69,6 +69,22 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     request_queue_size = 128
 
 
+def stand_in(folder: Path) -> Path:
+    """A program for PRISM_VLLM_PYTHON that runs this file."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def alive(pids: Path) -> list[int]:
+    """Of the processes in a file of FAKE_PIDS, those that run."""
+    import psutil
+
+    numbers = [int(pid) for pid in pids.read_text().split()]
+    return [pid for pid in numbers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
 def main() -> None:
     if "-c" in sys.argv:  # does it have vLLM?
         sys.exit(int(os.environ.get("FAKE_HAS_NONE", "0")))
