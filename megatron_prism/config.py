@@ -35,6 +35,9 @@ RESOLVED = "resolved"
 """The validation context of a config that says all that other files said when it was made."""
 
 
+CommType = Literal["p2p", "a2a", "all_gather", "a2a+p2p"]
+
+
 class ParallelConfig(Block):
     """How one model is cut over ranks. Data parallelism is never set: dp = world size / (tp * pp * cp)."""
 
@@ -46,6 +49,11 @@ class ParallelConfig(Block):
     """virtual pipeline: chunks of layers that each pipeline rank holds (interleaved 1F1B)"""
     cp: Positive = 1
     """context parallel: every sequence is cut over this many ranks"""
+    cp_comm_type: CommType | None = None
+    """what TransformerEngine's attention exchanges under cp: p2p: keys and values, around a ring; a2a: tokens for heads; all_gather: keys and values,
+    at once; a2a+p2p: a2a within groups, p2p between them; none: p2p, with a sliding window a2a (docs/long_context.md)"""
+    hierarchical_context_parallel_sizes: tuple[Positive, Positive] | None = None
+    """with a2a+p2p: ranks of each group, and groups"""
     sp: bool = False
     """sequence parallel: norms and dropout also cut the sequence over the tensor-parallel ranks"""
     num_layers_in_first_pipeline_stage: Positive | None = None

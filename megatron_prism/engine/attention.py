@@ -1,6 +1,7 @@
 """Our layers for where TransformerEngine is not: RMSNorm that knows sequence parallelism, and attention on torch's SDPA.
 
-Both plug into megatron-core through its ModuleSpec (see `layer_specs`), on the CPU and on CUDA alike.
+Both plug into megatron-core through its ModuleSpec (see `layer_specs`), on the CPU and on CUDA alike. Under context parallelism every rank gathers
+all keys and values of its heads, and attends with its own queries.
 Legend: s queries, t keys (more than queries when earlier ones are cached), b batch, q query heads, k key/value heads, d head dimension; heads of
 this tensor-parallel rank.
 """
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_prism.engine.context_parallel import chunks, gather
 from megatron_prism.engine.documents import lengths_of
 
 WINDOWED_QUERIES = 1024
@@ -52,10 +55,12 @@ class CausalAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1
+        self.cp, self.cp_group = config.context_parallel_size, None if pg_collection is None else pg_collection.cp
+        assert self.cp == 1 or self.cp_group is not None
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout
         self.window = None if config.window_size is None else config.window_size[0] + 1
@@ -70,10 +75,21 @@ class CausalAttention(MegatronModule):
         """
         assert attention_mask is None
         if packed_seq_params is None:
-            return self._attend(q_sbqd, k_tbkd, v_tbkd)
-        lengths = lengths_of(packed_seq_params)
-        documents = zip(*(x.unsqueeze(1).split(lengths) for x in (q_sbqd, k_tbkd, v_tbkd)), strict=True)
-        return torch.cat([self._attend(*document) for document in documents]).squeeze(1)
+            return self._attend(q_sbqd, k_tbkd, v_tbkd) if self.cp == 1 else self._attend_by_chunks(q_sbqd, k_tbkd, v_tbkd, None)
+        q_sbqd, k_tbkd, v_tbkd = (x.unsqueeze(1) for x in (q_sbqd, k_tbkd, v_tbkd))
+        return self._attend_by_chunks(q_sbqd, k_tbkd, v_tbkd, packed_seq_params).squeeze(1)
+
+    def _attend_by_chunks(self, q_sbqd: Tensor, k_tbkd: Tensor, v_tbkd: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        """Each chunk of a document that this rank holds, over the document's keys up to the chunk's end, wherever they are held."""
+        rank = 0
+        if self.cp_group is not None and self.cp > 1:
+            rank = self.cp_group.rank()
+            k_tbkd, v_tbkd = gather(torch.cat([k_tbkd, v_tbkd], dim=-1), packed, self.cp_group).chunk(2, dim=-1)
+        lengths = [k_tbkd.shape[0]] if packed is None else lengths_of(packed)
+        held = chunks(lengths, self.cp, rank)
+        queries = q_sbqd.split([chunk.stop - chunk.start for chunk in held])
+        seen = [slice(chunk.document, chunk.stop) for chunk in held]
+        return torch.cat([self._attend(q, k_tbkd[keys], v_tbkd[keys]) for q, keys in zip(queries, seen, strict=True)])
 
     def _attend(self, q_sbqd: Tensor, k_tbkd: Tensor, v_tbkd: Tensor) -> Tensor:
         s, b, q, d = q_sbqd.shape

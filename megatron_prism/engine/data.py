@@ -2,7 +2,8 @@
 
 Sample i of a run is a function of the blend, the seed and i alone (`data_prep.sampler`). Step t takes samples t * global_batch to
 (t + 1) * global_batch; micro-batch m of data-parallel rank r takes the (m * dp + r)-th group of micro_batch samples of these. All ranks with one
-data-parallel rank read the same samples; nothing is broadcast. A background thread reads ahead of the step (`prefetch`): on a GPU the step finds its
+data-parallel rank read the same samples; nothing is broadcast. Context-parallel ranks each keep their part of every row (`context_parallel`), cut
+when the sample and its labels are read. A background thread reads ahead of the step (`prefetch`): on a GPU the step finds its
 micro-batches in pinned memory and only starts their copy. Packed documents are `packed_data`'s, on top of this.
 """
 
@@ -25,6 +26,7 @@ from megatron_prism.data_prep.history import from_records
 from megatron_prism.data_prep.manifest import Manifest, ReadCheck, check_one_tokenizer, verify
 from megatron_prism.data_prep.masks import MaskReader
 from megatron_prism.data_prep.sampler import Sampler
+from megatron_prism.engine.context_parallel import chunks
 from megatron_prism.engine.device import CPU
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.prefetch import Prefetcher
@@ -53,6 +55,16 @@ class MicroBatch:
         """Where documents end that see themselves alone; None: every row is one."""
         return None
 
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of what lies end to end in a row: one sequence."""
+        return (self.tokens.shape[1],)
+
+    def cut(self, cp: int, rank: int) -> "MicroBatch":
+        """What one of cp context-parallel ranks keeps of every row."""
+        ranges = [slice(chunk.start, chunk.stop) for chunk in chunks(self.row_lengths(), cp, rank)]
+        rows = ("tokens", "labels", "positions", "loss_mask")
+        return replace(self, **{name: _joined(getattr(self, name).numpy(), ranges) for name in rows})
+
     def pinned(self) -> "MicroBatch":
         """The same batch in memory that a GPU reads by itself, but for the positions, which `to` takes from the device."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in self.copied})
@@ -65,6 +77,10 @@ class MicroBatch:
         if "positions" not in moved:
             moved["positions"] = self.positions.to(device) if positions is None else positions
         return replace(self, **moved)
+
+
+def _joined(rows: np.ndarray[Any, Any], ranges: list[slice]) -> Tensor:
+    return torch.from_numpy(np.concatenate([rows[:, columns] for columns in ranges], axis=1))
 
 
 class SourceReader:
@@ -131,9 +147,9 @@ class SampleReader:
         }
         self.vocab_size = manifests[0].vocab_size
         self._sampling = threading.Lock()  # the sampler's caches are not made for two threads
-        self._positions: dict[tuple[int, torch.device], Tensor] = {}
+        self._positions: dict[tuple[Any, ...], Tensor] = {}
         self._ahead: Prefetcher[MicroBatch] | None = None
-        self._ahead_of: tuple[int, int, torch.device] | None = None
+        self._ahead_of: tuple[Any, ...] | None = None
         self._waited_seconds = 0.0
 
     def follow(self, records: list[dict[str, Any]]) -> None:
@@ -164,16 +180,18 @@ class SampleReader:
         """
         plan = mesh.plan
         stride = plan.dp * plan.micro_batch
-        ahead = self._reading_ahead(stride, plan.micro_batch, device)
+        ahead = self._reading_ahead(stride, mesh, device)
         start = first_sample + mesh.dp_rank * plan.micro_batch
         for place in range(start, start + plan.num_microbatches * stride, stride):
-            yield ahead.get(place).to(device, self.positions(plan.micro_batch, device))
+            yield ahead.get(place).to(device, self.positions(plan.micro_batch, device, plan.cp, mesh.cp_rank))
 
-    def positions(self, rows: int, device: torch.device) -> Tensor:
-        """0 to seq_len - 1 in each row, int64 [rows, s]; the same tensor at every call."""
-        if (rows, device) not in self._positions:  # not expanded: overlapping memory cannot be pinned
-            self._positions[rows, device] = torch.arange(self.seq_len, device=device).repeat(rows, 1)
-        return self._positions[rows, device]
+    def positions(self, rows: int, device: torch.device, cp: int = 1, cp_rank: int = 0) -> Tensor:
+        """0 to seq_len - 1 in each row, or this context-parallel rank's of them, int64 [rows, s / cp]; the same tensor at every call."""
+        key = rows, device, cp, cp_rank
+        if key not in self._positions:  # not expanded: overlapping memory cannot be pinned
+            row = [torch.arange(chunk.start, chunk.stop, device=device) for chunk in chunks((self.seq_len,), cp, cp_rank)]
+            self._positions[key] = torch.cat(row).repeat(rows, 1)
+        return self._positions[key]
 
     @property
     def waited_seconds(self) -> float:
@@ -199,17 +217,20 @@ class SampleReader:
             filled += span.length
         return sample.source
 
-    def _reading_ahead(self, stride: int, micro_batch: int, device: torch.device) -> Prefetcher[MicroBatch]:
+    def _reading_ahead(self, stride: int, mesh: Mesh, device: torch.device) -> Prefetcher[MicroBatch]:
         """The thread that reads micro-batches `stride` samples apart; another layout gets another."""
-        if self._ahead is None or self._ahead_of != (stride, micro_batch, device):
+        wanted = stride, mesh.plan.micro_batch, mesh.plan.cp, mesh.cp_rank, device
+        if self._ahead is None or self._ahead_of != wanted:
             self.close()
             on_gpu = device.type == "cuda"
             # a new thread stands on the first GPU, where pinning would open a context of its own
             on_start = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
-            self._ahead = Prefetcher(partial(self._prepare, micro_batch, on_gpu), stride, MICRO_BATCHES_AHEAD, on_start)
-            self._ahead_of = (stride, micro_batch, device)
+            self._ahead = Prefetcher(partial(self._prepare, mesh, on_gpu), stride, MICRO_BATCHES_AHEAD, on_start)
+            self._ahead_of = wanted
         return self._ahead
 
-    def _prepare(self, micro_batch: int, pin: bool, start: int) -> MicroBatch:
-        batch = self.micro_batch(range(start, start + micro_batch))
+    def _prepare(self, mesh: Mesh, pin: bool, start: int) -> MicroBatch:
+        plan = mesh.plan
+        batch = self.micro_batch(range(start, start + plan.micro_batch))
+        batch = batch.cut(plan.cp, mesh.cp_rank) if plan.cp > 1 else batch
         return batch.pinned() if pin else batch

@@ -2,11 +2,13 @@
 
 Owns: that lengths are known on the host from the start, so that none of our layers asks the device for them, and that what follows from them is
 worked out once for a micro-batch. Padding belongs to the document before it: it comes after, so nothing causal sees it. The `padded` fields stay
-empty for that reason: TransformerEngine would compare them with the others on the host, in every layer, and lose its quicker kernels.
+empty for that reason: TransformerEngine would compare them with the others on the host, in every layer, and lose its quicker kernels. Under context
+parallelism lengths and ends are still those of the whole row: a rank's part of it follows from them (`context_parallel`, TransformerEngine alike).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,6 +21,8 @@ class Documents(PackedSeqParams):
 
     lengths: tuple[int, ...] = ()
     """tokens of each document, padding included"""
+    orders: dict[int, Any] = field(default_factory=dict, compare=False)
+    """cp -> the order of the ranks' tokens (`context_parallel.order_of`)"""
 
     @cached_property
     def ids(self) -> Tensor:

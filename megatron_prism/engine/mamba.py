@@ -3,7 +3,9 @@
 Owns: projections, convolution, scan and gated norm of one rank, their start values, the state of cached decoding (`mamba_share` knows which rows).
 B and C belong to groups of heads. Where tp divides the groups each rank makes its own; where ranks outnumber them (one group in most models) every
 rank makes them all from a replicated projection and convolution, and their gradients, of which a rank's heads give a share only, are summed.
-Refuses (by assertion; plans are checked before): context parallelism, and sizes that tp does not cut evenly.
+Projections and gated norm look at each token alone. Convolution and scan need the sequence whole and in order: context-parallel ranks exchange their
+parts of it for a part of the heads, and back (`MambaMixer._scan_by_heads`).
+Refuses (by assertion; plans are checked before): sizes that tp and cp do not cut evenly, and cached decoding under context parallelism.
 Legend: s sequence, b batch, l the same sequence after the batch, d channels, h heads, p channels of a head, g groups of heads, n state.
 """
 
@@ -29,8 +31,9 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sha
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_prism.engine.context_parallel import to_channels, to_tokens
 from megatron_prism.engine.documents import Documents, ids, segment_ends
-from megatron_prism.engine.mamba_share import Rows, Share, replicates_groups, sharded_rows, shifted
+from megatron_prism.engine.mamba_share import Rows, ScannedPart, Share, replicates_groups, sharded_rows, shifted
 from megatron_prism.families.model_config import MambaConfig
 from megatron_prism.kernels.causal_conv1d import causal_conv1d
 from megatron_prism.kernels.gated_norm import gated_norm
@@ -97,9 +100,9 @@ class MambaMixer(MegatronModule):
         name: str | None = None,  # given by megatron-core 0.19, for its logs
     ) -> None:
         super().__init__(config)
-        assert config.context_parallel_size == 1
-        self.mamba, self.layer_number, self.tp_group = mamba, layer_number, pg_collection.tp
+        self.mamba, self.layer_number, self.tp_group, self.cp_group = mamba, layer_number, pg_collection.tp, pg_collection.cp
         self.share = share = Share(mamba, self.tp_group.size(), self.tp_group.rank())
+        self.scanned_parts = [ScannedPart(share, config.context_parallel_size, rank) for rank in range(config.context_parallel_size)]
         rows = mamba.in_proj_size - (mamba.bc_size if share.replicated else 0)
         shared: dict[str, Any] = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         column = {"init_method": config.init_method, "gather_output": False, "skip_bias_add": False, "tp_comm_buffer_name": "fc1"}
@@ -135,28 +138,73 @@ class MambaMixer(MegatronModule):
         decoding = inference_context is not None
         past_conv, past_scan = self._past(inference_context)
         projected_sbd, _ = self.in_proj(hidden_states)
-        documents = None if packed_seq_params is None else document_ids(packed_seq_params, projected_sbd.shape[0])
         z_sbd, x_or_xbc, dt = projected_sbd.split([self.share.inner, sum(length for _, length in self.share.conv_rows), self.share.heads], dim=-1)
+        if len(self.scanned_parts) > 1:
+            assert not decoding
+            y_sbd = self._scan_by_heads(x_or_xbc, dt, hidden_states, packed_seq_params)
+            return self.out_proj(self.norm(y_sbd, z_sbd))[0], None
+        documents = None if packed_seq_params is None else document_ids(packed_seq_params, projected_sbd.shape[0])
         x_blhp, b_blgn, c_blgn, conv_state = self._convolve(x_or_xbc.transpose(0, 1), hidden_states, documents, past_conv, decoding)
-        scanned = ssd_scan(
-            x_blhp,
-            dt.transpose(0, 1),
-            -self.A_log.float().exp(),
-            b_blgn,
-            c_blgn,
-            chunk_size=self.mamba.chunk_size,
-            d_h=self.D,
-            dt_bias_h=self.dt_bias,
-            time_step_limit=self.mamba.time_step_limit,
-            initial_state_bhpn=past_scan,
-            document_bl=documents,
-            return_state=decoding,
-        )
-        y_blhp, scan_state = scanned if isinstance(scanned, tuple) else (scanned, None)
+        heads = slice(0, self.share.heads)
+        y_blhp, scan_state = self._scan(x_blhp, dt.transpose(0, 1), b_blgn, c_blgn, heads, documents, past_scan, decoding)
         if inference_context is not None:
             inference_context.key_value_memory_dict[self.layer_number] = (conv_state, scan_state)
         out, _ = self.out_proj(self.norm(y_blhp.flatten(2).transpose(0, 1), z_sbd))
         return out, None
+
+    def _scan(
+        self,
+        x_blhp: Tensor,
+        dt_blh: Tensor,
+        b_blgn: Tensor,
+        c_blgn: Tensor,
+        heads: slice,
+        documents: Tensor | None,
+        past_bhpn: Tensor | None = None,
+        decoding: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """With the parameters of some of this rank's heads -> y [b, l, h, p], and, decoding, the last state."""
+        scanned = ssd_scan(
+            x_blhp,
+            dt_blh,
+            -self.A_log[heads].float().exp(),
+            b_blgn,
+            c_blgn,
+            chunk_size=self.mamba.chunk_size,
+            d_h=self.D[heads],
+            dt_bias_h=self.dt_bias[heads],
+            time_step_limit=self.mamba.time_step_limit,
+            initial_state_bhpn=past_bhpn,
+            document_bl=documents,
+            return_state=decoding,
+        )
+        return scanned if isinstance(scanned, tuple) else (scanned, None)
+
+    def _scan_by_heads(self, x_or_xbc_sbd: Tensor, dt_sbh: Tensor, hidden_states: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        """Under context parallelism: convolution and scan of the whole sequence for a part of the heads -> y of this rank's tokens."""
+        part, xbc_sbd = self.scanned_parts[self.cp_group.rank()], x_or_xbc_sbd
+        if self.share.replicated:
+            xbc_sbd = torch.cat([xbc_sbd, cast(Tensor, SumGradient.apply(self._project_bc(hidden_states), self.tp_group))], dim=-1)
+        sent = [torch.cat([*to.cut(xbc_sbd, -1), dt_sbh[..., to.heads]], dim=-1) for to in self.scanned_parts]
+        whole_bld = to_channels(sent, packed, self.cp_group).transpose(0, 1)
+        documents = None if packed is None else document_ids(packed, whole_bld.shape[1])
+        x, bc = part.heads_held * self.mamba.head_dim, part.groups * self.mamba.state_dim
+        xbc_bld, dt_blh = whole_bld.split([x + 2 * bc, part.heads_held], dim=-1)
+        weight_dk, bias_d = self._filters_of(part)
+        convolved = cast(Tensor, causal_conv1d(xbc_bld, weight_dk, bias_d, activation="silu", document_bl=documents))
+        x_bld, b_bld, c_bld = convolved.split([x, bc, bc], dim=-1)
+        b_blgn, c_blgn = (channels.unflatten(-1, (part.groups, self.mamba.state_dim)) for channels in (b_bld, c_bld))
+        y_blhp, _ = self._scan(x_bld.unflatten(-1, (part.heads_held, self.mamba.head_dim)), dt_blh, b_blgn, c_blgn, part.heads, documents)
+        return to_tokens(y_blhp.flatten(2).transpose(0, 1), packed, self.cp_group)
+
+    def _filters_of(self, part: ScannedPart) -> tuple[Tensor, Tensor | None]:
+        """Weight [d, k] and bias [d] of the convolution for a part of the heads, replicated B and C among them."""
+        weight_dk, bias_d = self.conv1d.filters()
+        if self.share.replicated:
+            bc_weight_dk, bc_bias_d = self.bc_conv1d.filters()
+            weight_dk = torch.cat([weight_dk, bc_weight_dk])
+            bias_d = None if bias_d is None or bc_bias_d is None else torch.cat([bias_d, bc_bias_d])
+        return torch.cat(part.cut(weight_dk, 0)), None if bias_d is None else torch.cat(part.cut(bias_d, 0))
 
     def _past(self, context: BaseInferenceContext | None) -> tuple[Tensor | None, Tensor | None]:
         """States left by the tokens before; none at the start of a prompt."""
@@ -238,10 +286,13 @@ class Convolution(torch.nn.Module):
 
     def forward(self, x_bld: Tensor, documents: Tensor | None, past_bdk: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor | None]:
         """-> silu of the convolution [b, l, d], and, decoding, the last inputs [b, d, k - 1]."""
-        weight, bias = self._summed(self.weight), None if self.bias is None else self._summed(self.bias)
-        weight_dk = weight.squeeze(1)
+        weight_dk, bias = self.filters()
         out = causal_conv1d(x_bld, weight_dk, bias, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=decoding)
         return out if isinstance(out, tuple) else (out, None)
+
+    def filters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [d, k] and bias [d]."""
+        return self._summed(self.weight).squeeze(1), None if self.bias is None else self._summed(self.bias)
 
     def _summed(self, value: Tensor) -> Tensor:
         return value if self.shared_by is None else cast(Tensor, SumGradient.apply(value, self.shared_by))

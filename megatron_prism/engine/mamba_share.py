@@ -1,7 +1,8 @@
-"""Which part of a Mamba-2 mixer a tensor-parallel rank holds, and that part as pieces of global tensors in a checkpoint.
+"""Which part of a Mamba-2 mixer a tensor-parallel rank holds, that part as pieces of global tensors in a checkpoint, and which heads of it a
+context-parallel rank scans.
 
 Owns: the rows of each tensor, in Hugging Face's order, so that conversion rules are plain copies. Refuses (by assertion; plans are checked before):
-heads and groups that tp does not cut evenly.
+heads and groups that tp, or tp * cp, does not cut evenly.
 """
 
 from collections.abc import Sequence
@@ -93,6 +94,54 @@ class Share:
         d_inner = self.mamba.d_inner
         heads = shifted(self.head_rows, 2 * d_inner + self.mamba.bc_size)
         return (*self.inner_rows, *shifted(self.conv_rows, d_inner), *heads)
+
+
+@dataclass(frozen=True)
+class ScannedPart:
+    """The heads that one context-parallel rank convolves and scans, over the whole sequence, of those that its tensor-parallel rank holds.
+
+    Weights are whole on each of them: a rank's gradient is that of its own heads and zero elsewhere, and their sum over the ranks is all of it.
+    """
+
+    share: Share
+    cp: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        groups = self._own_groups
+        assert self.share.heads % self.cp == 0, f"cp={self.cp} must divide the {self.share.heads} Mamba heads of a tensor-parallel rank"
+        assert groups % self.cp == 0 or self.cp % groups == 0, f"cp={self.cp} must divide the {groups} groups of a tensor-parallel rank, or they cp"
+
+    @property
+    def _own_groups(self) -> int:
+        return self.share.own_groups.stop - self.share.own_groups.start
+
+    @property
+    def heads_held(self) -> int:
+        """How many."""
+        return self.share.heads // self.cp
+
+    @property
+    def heads(self) -> slice:
+        """Which of the tensor-parallel rank's."""
+        return slice(self.rank * self.heads_held, (self.rank + 1) * self.heads_held)
+
+    @property
+    def groups(self) -> int:
+        """Groups of B and C of these heads; one that several ranks share goes to each of them."""
+        return max(self._own_groups // self.cp, 1)
+
+    @property
+    def channels(self) -> tuple[slice, slice, slice]:
+        """Of x, B and C among the channels [x|B|C] that the tensor-parallel rank makes, its own and replicated ones."""
+        head_dim, state_dim, share = self.share.mamba.head_dim, self.share.mamba.state_dim, self.share
+        first, size = share.own_groups.start + self.rank * self._own_groups // self.cp, self.groups * state_dim
+        b, c = (share.inner + part * share.bc // 2 + first * state_dim for part in (0, 1))
+        return slice(self.heads.start * head_dim, self.heads.stop * head_dim), slice(b, b + size), slice(c, c + size)
+
+    def cut(self, xbc: Tensor, dim: int) -> list[Tensor]:
+        """x, B and C of these heads out of [x|B|C] along a dimension: of activations, or of the convolution's weights."""
+        return [xbc.narrow(dim, part.start, part.stop - part.start) for part in self.channels]
 
 
 def shifted(rows: Rows, by: int) -> Rows:

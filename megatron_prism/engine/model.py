@@ -235,6 +235,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         num_layers_in_first_pipeline_stage=plan.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=plan.num_layers_in_last_pipeline_stage,
         context_parallel_size=plan.cp,
+        cp_comm_type=plan.cp_comm_type,
         sequence_parallel=plan.sp,
         # with two pipeline ranks "next" and "previous" are one peer: batched interleaved exchange mixes them up and trains wrongly, silently
         overlap_p2p_comm=plan.vpp is not None,
@@ -302,6 +303,10 @@ def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.d
     """
     config = transformer_config(model, mesh, options, device)
     engine = uses_transformer_engine(options, device)
+    if engine and mesh.plan.cp > 1 and options.precision == "fp32":
+        raise UserError(
+            f"parallel.cp={mesh.plan.cp} with precision=fp32: TransformerEngine's attention exchanges bf16 alone; use precision=bf16, or layers=local"
+        )
     if device.type == "cuda" and not engine and mesh.rank == 0:
         logger.warning("TransformerEngine is not used (layers=%s): torch SDPA and unfused norms run instead, slower", options.layers)
     chunks = []

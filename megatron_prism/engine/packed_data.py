@@ -24,6 +24,7 @@ from megatron_prism.engine.recipe import DataSection, PackingSection
 class PackedBatch(MicroBatch):
     """One buffer. cu_seqlens: int32 [documents + 1], where they end, padding included, from 0; lengths: theirs, on the host.
 
+    Both are those of the whole buffer also where a context-parallel rank holds a part of it.
     positions count from each document's start; loss_mask is 0 on padding and on a document's last token, which nothing follows.
     """
 
@@ -34,6 +35,10 @@ class PackedBatch(MicroBatch):
     def copied(self) -> tuple[str, ...]:
         """Positions too: they differ."""
         return *super().copied, "positions", "cu_seqlens"
+
+    def row_lengths(self) -> tuple[int, ...]:
+        """Those of its documents: each is cut by itself."""
+        return self.lengths
 
     @cached_property
     def packed_seq_params(self) -> Documents:

@@ -16,8 +16,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_prism.engine.device import backend
 from megatron_prism.planning.layout import ParallelPlan
 
-_layout: tuple[int, int, int | None, int] | None = None
-"""tp, pp, vpp and cp of the groups that exist: making them again costs seconds, and megatron-core never frees the old ones"""
+_layout: tuple[int, int, int | None, int, tuple[int, int] | None] | None = None
+"""tp, pp, vpp, cp and its levels of the groups that exist: making them again costs seconds, and megatron-core never frees the old ones"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def start(device: torch.device, timeout_minutes: float = 30) -> None:
 def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
     """Build megatron-core's groups for a plan, unless those of this layout are there already, and seed its random number trackers."""
     global _layout
-    layout = (plan.tp, plan.pp, plan.vpp, plan.cp)
+    levels = plan.hierarchical_context_parallel_sizes
+    layout = (plan.tp, plan.pp, plan.vpp, plan.cp, levels)
     if _layout != layout or not parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
@@ -69,6 +70,7 @@ def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
             pipeline_model_parallel_size=plan.pp,
             virtual_pipeline_model_parallel_size=plan.vpp,
             context_parallel_size=plan.cp,
+            hierarchical_context_parallel_sizes=None if levels is None else list(levels),
         )
         _layout = layout
     # megatron-core tells tensor-parallel ranks apart, not stages: they would all start from the same layers and draw the same dropout

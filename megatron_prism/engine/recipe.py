@@ -14,6 +14,7 @@ from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import layout
+from megatron_prism.planning.context_parallel import check_packing
 from megatron_prism.planning.fp8 import check_fp8
 from megatron_prism.planning.training import Training
 
@@ -179,8 +180,6 @@ class TrainConfig(Block):
             )
         if cp > 1 and packing.pad_multiple % (2 * cp):
             raise ValueError(f"data.packing.pad_multiple={packing.pad_multiple} must be a multiple of 2 * parallel.cp = {2 * cp}; try {2 * cp}")
-        if cp > 1:
-            raise ValueError(f"parallel.cp={cp} with data.packing is not implemented: documents are not cut over ranks; use cp=1 or packing=none")
         return self
 
     @model_validator(mode="after")
@@ -212,6 +211,13 @@ def model_files(cfg: TrainConfig) -> Path:
 
 def check_model(cfg: TrainConfig, model: ModelConfig, plan: layout.ParallelPlan) -> None:
     """Settings that this model cannot be trained with under its plan. Errors: UserError."""
+    ours = cfg.layers == "local" or cfg.device == "cpu"
+    if ours and cfg.parallel.cp_comm_type is not None:
+        raise UserError(
+            f"parallel.cp_comm_type={cfg.parallel.cp_comm_type} is for TransformerEngine's layers; ours (layers=local, device=cpu) gather: drop it"
+        )
+    if cfg.data.packing is not None and not ours:
+        check_packing(plan.cp_comm_type)
     if cfg.fp8 is not None:
         check_fp8(model, plan, cfg.data.seq_len, cfg.fp8)
     if cfg.fp8 is not None and model.is_hybrid and cfg.recompute == "full":

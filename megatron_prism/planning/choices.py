@@ -1,16 +1,19 @@
 """Which layouts a model can train under on so many GPUs, what each needs, and which to take.
 
-The order of preference is a rough time of a step, relative to data parallelism alone: each doubling of tp costs `TP_DOUBLING`, each doubling of pp
-`PP_DOUBLING`, recomputation the FLOPs that it adds. So data parallelism comes first, then a little tensor parallelism (which cuts activations too),
-then full recomputation (a third more work), then more tensor parallelism; a pipeline last. tp stays within a node of 8, always with sp.
+The order of preference is a rough time of a step, relative to data parallelism alone: each doubling of cp costs `CP_DOUBLING`, of tp `TP_DOUBLING`,
+of pp `PP_DOUBLING`, recomputation the FLOPs that it adds. So data parallelism comes first, then, for long sequences, context parallelism, then a
+little tensor parallelism (which cuts activations too), then full recomputation (a third more work), then more tensor parallelism; a pipeline last.
+tp stays within a node of 8, always with sp; cp leaves chunks of `SHORTEST_CHUNK`.
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from math import log2
 
 from megatron_prism.config import ParallelConfig
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.planning.divisors import divisors
 from megatron_prism.planning.flops import flops_per_token, recompute_flops_per_token
 from megatron_prism.planning.layout import ParallelPlan, make_plan
 from megatron_prism.planning.memory import MARGIN, MemoryPlan, memory
@@ -19,6 +22,10 @@ from megatron_prism.planning.training import Training
 GPUS_PER_NODE = 8
 TP_DOUBLING = 1.17
 """measured: 512 TFLOP/s on one H200 became 438 on each of two with tp=2 and sp (8 of LLaMA-3.1-8B's layers, 8,192 tokens)"""
+CP_DOUBLING = 1.05
+"""not measured: a choice that cuts long sequences before matrices, since a ring's exchange runs beside attention"""
+SHORTEST_CHUNK = 4096
+"""tokens of each of the 2 * cp chunks, at least: of shorter ones attention takes less time than their exchange (a choice, not measured)"""
 PP_DOUBLING = 1.2
 """not measured: a choice that takes a pipeline after the same tensor parallelism"""
 TOKENS_PER_STEP = 1_048_576
@@ -38,7 +45,8 @@ class Choice:
     @property
     def overrides(self) -> str:
         """What sets it on the command line of `prism train`."""
-        settings = {"parallel.tp": self.plan.tp, "parallel.sp": str(self.plan.sp).lower(), "parallel.pp": self.plan.pp}
+        plan = self.plan
+        settings = {"parallel.tp": plan.tp, "parallel.sp": str(plan.sp).lower(), "parallel.pp": plan.pp, "parallel.cp": plan.cp}
         return " ".join(f"{key}={value}" for key, value in settings.items()) + f" recompute={self.recompute or 'none'}"
 
     @property
@@ -49,7 +57,7 @@ class Choice:
     @property
     def reason(self) -> str:
         """Why this one, in words."""
-        ranks = self.plan.tp * self.plan.pp
+        ranks = self.plan.tp * self.plan.pp * self.plan.cp
         cut = f"{ranks} ranks share a copy of the model" if ranks > 1 else "every rank has a copy of the model"
         again = "every layer is computed twice" if self.recompute else "nothing is computed twice"
         return f"the quickest that fits: {cut}, {again}"
@@ -84,24 +92,22 @@ def verdict(need: MemoryPlan, memory_gib: float) -> str:
 
 def _plans(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int) -> list[ParallelPlan]:
     found = []
-    for tp in (1, 2, 4, 8):
-        for pp in _divisors(model.num_layers):
-            if gpus % (tp * pp):
-                continue
-            dp = gpus // (tp * pp)
-            batch = -(-tokens_per_step // (seq_len * dp)) * dp
-            sp = tp > 1 and seq_len % tp == 0
-            try:
-                found.append(make_plan(model, ParallelConfig(tp=tp, sp=sp, pp=pp), gpus, seq_len, batch, 1))
-            except UserError:  # the model does not allow it
-                continue
+    longest_cut = max(seq_len // (2 * SHORTEST_CHUNK), 1)
+    cuts = product((1, 2, 4, 8), divisors(model.num_layers), (2**power for power in range(longest_cut.bit_length())))
+    for tp, pp, cp in cuts:
+        ranks = tp * pp * cp
+        if gpus % ranks:
+            continue
+        dp = gpus // ranks
+        batch = -(-tokens_per_step // (seq_len * dp)) * dp
+        sp = tp > 1 and seq_len % (tp * cp) == 0
+        try:
+            found.append(make_plan(model, ParallelConfig(tp=tp, sp=sp, pp=pp, cp=cp), gpus, seq_len, batch, 1))
+        except UserError:  # the model does not allow it
+            continue
     return found
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _relative_time(model: ModelConfig, plan: ParallelPlan, seq_len: int, recompute: str | None) -> float:
     extra = recompute_flops_per_token(model, seq_len, recompute) / flops_per_token(model, seq_len)
-    return (1 + extra) * TP_DOUBLING ** log2(plan.tp) * PP_DOUBLING ** log2(plan.pp)
+    return (1 + extra) * CP_DOUBLING ** log2(plan.cp) * TP_DOUBLING ** log2(plan.tp) * PP_DOUBLING ** log2(plan.pp)

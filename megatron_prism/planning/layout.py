@@ -5,9 +5,11 @@ Pure arithmetic on a ModelConfig; no torch, so that `--dry-run` and every error 
 
 from dataclasses import dataclass
 
-from megatron_prism.config import ParallelConfig
+from megatron_prism.config import CommType, ParallelConfig
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
+from megatron_prism.planning import context_parallel
+from megatron_prism.planning.divisors import nearest_divisor
 
 VOCABULARY_UNIT = 16
 """A rank holds a multiple of so many vocabulary rows: products over Granite 3.3's 49,159 take over twice as long as those over 49,168."""
@@ -30,6 +32,9 @@ class ParallelPlan:
     """vocabulary rows held while training: the model's own, padded up to a multiple of tp * VOCABULARY_UNIT"""
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
+    cp_comm_type: CommType | None = None
+    """what TransformerEngine's attention exchanges; ours gathers"""
+    hierarchical_context_parallel_sizes: tuple[int, int] | None = None
 
     @property
     def world_size(self) -> int:
@@ -81,19 +86,20 @@ def make_plan(model: ModelConfig, parallel: ParallelConfig, world_size: int, seq
         padded_vocab_size=_rounded_up(model.vocab_size, parallel.tp * VOCABULARY_UNIT),
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        cp_comm_type=context_parallel.comm_type(model, parallel),
+        hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes,
     )
 
 
 def _model_rules(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[str]:
     broken = [*_tensor_rules(model, parallel.tp), *_mamba_rules(model, parallel.tp), *_pipeline_rules(model, parallel)]
+    broken += context_parallel.rules(model, parallel, seq_len)
     if parallel.sp and parallel.tp == 1:
         broken.append("parallel.sp=true needs tensor parallelism: parallel.tp must be at least 2; drop parallel.sp")
     if parallel.sp and seq_len % (parallel.tp * parallel.cp):
         broken.append(
             f"parallel.tp={parallel.tp} * parallel.cp={parallel.cp} must divide data.seq_len={seq_len} with parallel.sp=true; pad data.seq_len"
         )
-    if parallel.cp > 1:
-        broken.append(f"parallel.cp={parallel.cp}: context parallelism is not implemented yet; use parallel.cp=1")
     return broken
 
 
@@ -101,7 +107,7 @@ def _tensor_rules(model: ModelConfig, tp: int) -> list[str]:
     sizes = {name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
     if model.mamba is not None:
         sizes["mamba.num_heads"] = model.mamba.num_heads
-    return [f"parallel.tp={tp} must divide {name}={size}; try parallel.tp={_nearest_divisor(size, tp)}" for name, size in sizes.items() if size % tp]
+    return [f"parallel.tp={tp} must divide {name}={size}; try parallel.tp={nearest_divisor(size, tp)}" for name, size in sizes.items() if size % tp]
 
 
 def _mamba_rules(model: ModelConfig, tp: int) -> list[str]:
@@ -110,7 +116,7 @@ def _mamba_rules(model: ModelConfig, tp: int) -> list[str]:
         return []
     sizes = {"mamba.num_groups": model.mamba.num_groups, "mamba.norm_groups": model.mamba.norm_groups}
     return [
-        f"parallel.tp={tp} must divide {name}={size} or be a multiple of it; try parallel.tp={_nearest_divisor(size, tp)}"
+        f"parallel.tp={tp} must divide {name}={size} or be a multiple of it; try parallel.tp={nearest_divisor(size, tp)}"
         for name, size in sizes.items()
         if size % tp and tp % size
     ]
@@ -128,7 +134,7 @@ def _pipeline_rules(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     if model.num_layers % chunks:
         cut = f"parallel.pp={parallel.pp}" + (f" * parallel.vpp={parallel.vpp}" if parallel.vpp else "")
         broken.append(
-            f"{cut} must divide num_layers={model.num_layers}; try parallel.pp={_nearest_divisor(model.num_layers, parallel.pp)}"
+            f"{cut} must divide num_layers={model.num_layers}; try parallel.pp={nearest_divisor(model.num_layers, parallel.pp)}"
             + _uneven_suggestion(model.num_layers, parallel)
         )
     return broken
@@ -185,10 +191,6 @@ def _batch_rules(parallel: ParallelConfig, world_size: int, global_batch: int, m
             f"try global_batch={-(-microbatches // parallel.pp) * parallel.pp * dp * micro_batch}"
         ]
     return []
-
-
-def _nearest_divisor(size: int, wanted: int) -> int:
-    return min((divisor for divisor in range(1, size + 1) if size % divisor == 0), key=lambda divisor: (abs(divisor - wanted), -divisor))
 
 
 def _rounded_up(size: int, unit: int) -> int:

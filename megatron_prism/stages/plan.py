@@ -155,11 +155,11 @@ def _print_choices(found: list[choices.Choice], gpus: int, memory_gib: float | N
     each = f" of {memory_gib:g} GiB" if memory_gib is not None else ""
     print(f"\nlayouts on {_gpus(gpus)}{each}, {seq_len:,} tokens a sequence, bf16; GiB on the fullest rank")
     table = Table()
-    for heading in ("tp", "pp", "dp", "recompute", "state", "activations", "all", "time", *(["fits"] if memory_gib is not None else [])):
+    for heading in ("tp", "pp", "cp", "dp", "recompute", "state", "activations", "all", "time", *(["fits"] if memory_gib is not None else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for choice in _worth_showing(found, memory_gib):
         plan, total, activations = choice.plan, choice.need.total / 2**30, choice.need.activations / 2**30
-        cells = [f"{plan.tp} sp" if plan.sp else str(plan.tp), str(plan.pp), str(plan.dp), choice.recompute or "none"]
+        cells = [f"{plan.tp} sp" if plan.sp else str(plan.tp), str(plan.pp), str(plan.cp), str(plan.dp), choice.recompute or "none"]
         cells += [f"{total - activations:.1f}", f"{activations:.1f}", f"{total:.1f}", f"{choice.relative_time:.2f}"]
         table.add_row(*cells, *([] if memory_gib is None else ["yes" if choice.need.fits(memory_gib) else "no"]))
     Console(highlight=False).print(table)
@@ -170,8 +170,8 @@ def _print_choices(found: list[choices.Choice], gpus: int, memory_gib: float | N
 
 def _worth_showing(found: list[choices.Choice], memory_gib: float | None) -> list[choices.Choice]:
     """All but the recomputing twins of layouts that fit without."""
-    roomy = {(choice.plan.tp, choice.plan.pp) for choice in found if memory_gib and not choice.recompute and choice.need.fits(memory_gib)}
-    return [choice for choice in found if not (choice.recompute and (choice.plan.tp, choice.plan.pp) in roomy)]
+    roomy = {choice.plan for choice in found if memory_gib and not choice.recompute and choice.need.fits(memory_gib)}
+    return [choice for choice in found if not (choice.recompute and choice.plan in roomy)]
 
 
 def _print_recommendation(best: choices.Choice | None, memory_gib: float, gpus: int) -> None:

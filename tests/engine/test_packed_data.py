@@ -169,7 +169,6 @@ def test_a_changed_packing_is_refused_by_a_checkpoint(blend, change):
         ({"data__packing__window_documents": 0}, "data.packing.window_documents"),
         ({"data__packing__pad_multiple": 4, "micro_batch": 2}, "micro_batch=2 must be 1 with data.packing"),
         ({"data__packing__pad_multiple": 2, "parallel__cp": 2}, "pad_multiple=2 must be a multiple of 2 . parallel.cp = 4; try 4"),
-        ({"data__packing__pad_multiple": 4, "parallel__cp": 2}, "parallel.cp=2 with data.packing is not implemented"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_torch_is_needed(tmp_path, settings, words):

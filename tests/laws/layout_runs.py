@@ -9,7 +9,8 @@ Metrics lie in each case's own output folder. A fault plants a defect for the le
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import checkpoint, loop, loss, model, parallel, step
+from megatron_prism.engine import checkpoint, context_parallel, data, loop, loss, model, parallel, step
+from megatron_prism.engine.context_parallel import Chunk, chunks
 from megatron_prism.engine.data import MicroBatch
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.kernels.linear_cross_entropy import linear_cross_entropy
@@ -77,6 +79,20 @@ def over_padded_rows_too(*args: Any, real_rows: int, **kwargs: Any) -> torch.Ten
     return linear_cross_entropy(*args, **kwargs)
 
 
+def second_slice_early(lengths: Sequence[int], cp: int, rank: int) -> list[Chunk]:
+    """Each document's second slice of a rank begins, and ends, one token early."""
+    right = chunks(lengths, cp, rank)
+    return [replace(chunk, start=chunk.start - place % 2, stop=chunk.stop - place % 2) for place, chunk in enumerate(right)]
+
+
+class LeftAsGathered:
+    """Stands for `context_parallel.Reordered`: the ranks' tokens stay as they came, end to end."""
+
+    @staticmethod
+    def apply(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x
+
+
 @contextlib.contextmanager
 def planted(fault: str | None) -> Iterator[None]:
     """One defect, by name."""
@@ -95,6 +111,8 @@ def planted(fault: str | None) -> Iterator[None]:
         # not a fault: weights are gathered while the next forward pass runs, as on CUDA
         "overlap": mock.patch.object(loop, "wrap_model", overlapping),
         "overlap_saved_ungathered": ungathered(),
+        "zigzag_shifted_by_one": mock.patch.object(data, "chunks", second_slice_early),
+        "zigzag_not_undone": mock.patch.object(context_parallel, "Reordered", LeftAsGathered),
         "padded_rows_in_softmax": mock.patch.object(model, "linear_cross_entropy", over_padded_rows_too),
     }
     with patches[fault]:

@@ -13,11 +13,18 @@ def taken(model, gpus: int, memory_gib: float, seq_len: int = 8192) -> str | Non
 
 
 def test_data_parallelism_comes_first_then_a_little_tp_then_recomputation_then_more_tp():
-    assert taken(LLAMA_8B, 8, 141) == "parallel.tp=1 parallel.sp=false parallel.pp=1 recompute=none"
-    assert taken(LLAMA_8B, 8, 80) == "parallel.tp=2 parallel.sp=true parallel.pp=1 recompute=none"
-    assert taken(GRANITE_4_H_MICRO, 8, 80, 32768) == "parallel.tp=1 parallel.sp=false parallel.pp=1 recompute=full"
-    assert taken(NEMOTRON_H_8B, 8, 80, 16384) == "parallel.tp=1 parallel.sp=false parallel.pp=1 recompute=full"
-    assert taken(NEMOTRON_H_8B, 8, 80, 32768) == "parallel.tp=4 parallel.sp=true parallel.pp=1 recompute=none"
+    assert taken(LLAMA_8B, 8, 141) == "parallel.tp=1 parallel.sp=false parallel.pp=1 parallel.cp=1 recompute=none"
+    assert taken(LLAMA_8B, 8, 80) == "parallel.tp=2 parallel.sp=true parallel.pp=1 parallel.cp=1 recompute=none"
+    assert taken(LLAMA_8B, 1, 141) is None
+    assert taken(GRANITE_4_H_MICRO, 1, 80) == "parallel.tp=1 parallel.sp=false parallel.pp=1 parallel.cp=1 recompute=full"
+
+
+def test_long_sequences_are_cut_before_matrices_and_short_ones_not_at_all():
+    assert taken(GRANITE_4_H_MICRO, 8, 80, 32768) == "parallel.tp=1 parallel.sp=false parallel.pp=1 parallel.cp=4 recompute=none"
+    assert taken(LLAMA_8B, 8, 141, 131072) == "parallel.tp=2 parallel.sp=true parallel.pp=1 parallel.cp=4 recompute=none"
+    assert {choice.plan.cp for choice in choices(LLAMA_8B, 8, 8192)} == {1}
+    assert {choice.plan.cp for choice in choices(LLAMA_8B, 64, 65536)} == {1, 2, 4, 8}
+    assert all(choice.plan.world_size == 64 for choice in choices(LLAMA_8B, 64, 65536))
 
 
 def test_what_is_taken_fits_and_everything_quicker_does_not():

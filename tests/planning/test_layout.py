@@ -50,7 +50,6 @@ def test_data_parallelism_and_micro_batches_follow_from_the_rest():
         ({"vpp": 2}, "needs a pipeline"),
         ({"sp": True}, "needs tensor parallelism"),
         ({"tp": 2, "sp": True, "seq_len": 33}, r"must divide data\.seq_len=33"),
-        ({"cp": 2}, "context parallelism is not implemented yet"),
         ({"world_size": 6, "tp": 2, "pp": 2}, "must divide the 6 ranks of this launch; start 8 ranks"),
         ({"global_batch": 12}, "global_batch=12 must be a multiple of dp=8.*try global_batch=16"),
         ({"world_size": 2, "global_batch": 3, "pp": 2, "vpp": 2}, r"must be a multiple of parallel\.pp=2; try global_batch=4"),

@@ -43,7 +43,7 @@ def test_a_models_plan_has_parts_pattern_flops_and_bytes(capsys):
 
 def test_a_layout_that_fits_is_recommended_with_its_overrides(capsys):
     text = plan(capsys, "llama-3.1-8b", gpus=8, memory=80.0)
-    assert "take     parallel.tp=2 parallel.sp=true parallel.pp=1 recompute=none" in text
+    assert "take     parallel.tp=2 parallel.sp=true parallel.pp=1 parallel.cp=1 recompute=none" in text
     assert "fits: 52.5 GiB of 80 GiB" in text
     assert "nothing fits 1 GPU of 80 GiB" in plan(capsys, "llama-3.1-8b", gpus=1, memory=80.0)
 
