@@ -28,6 +28,7 @@ from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import Engine, StepReport, evaluate_step, train_step
+from megatron_prism.engine.trainable import freeze
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import cost
@@ -143,7 +144,9 @@ def build_run(cfg: TrainConfig) -> Run:
 
 def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place: torch.device) -> Engine:
     """The model of a recipe with random weights, wrapped, and its optimizer: what `prism train` and `prism bench` both step."""
-    model = wrap_model(build(model_config, mesh, build_options(cfg), place), mesh, cfg.optimizer, overlap=place.type == "cuda")
+    chunks = build(model_config, mesh, build_options(cfg), place)
+    freeze(chunks, cfg.trainable)
+    model = wrap_model(chunks, mesh, cfg.optimizer, overlap=place.type == "cuda")
     return Engine(model, build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16"), mesh, place)
 
 
@@ -153,6 +156,8 @@ def build_options(cfg: TrainConfig) -> BuildOptions:
         precision=cfg.precision,
         recompute=cfg.recompute,
         recompute_layers=cfg.recompute_layers,
+        keep_attention=cfg.keep_attention,
+        offload_activations=cfg.offload_activations,
         layers=cfg.layers,
         hidden_dropout=cfg.hidden_dropout,
         fp8=cfg.fp8,

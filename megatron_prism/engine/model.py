@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prism.config import Fp8Config
+from megatron_prism.engine import recompute
 from megatron_prism.engine.device import fp8_obstacle, has_transformer_engine
 from megatron_prism.engine.layer_specs import dense_spec, hybrid_spec
 from megatron_prism.engine.mcore import gradient_fusion_without_apex
@@ -47,6 +48,10 @@ class BuildOptions:
     fp8: Fp8Config | None = None
     recompute_layers: int | None = None
     """with recompute="full": the first so many of a chunk; None: all"""
+    keep_attention: bool = False
+    """with recompute="full": attention's output is kept, and its core not computed again"""
+    offload_activations: bool = False
+    """with recompute="full": what recomputed layers keep waits in host memory"""
     deterministic: bool = False
     fuse_gradients: bool = False
     """TransformerEngine's layers add a weight's gradient into the buffer that DDP gives it, in the product itself: only for chunks that DDP wraps"""
@@ -138,6 +143,8 @@ class LanguageModel(LanguageModule):
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             if self.embedding_multiplier != 1.0:
                 decoder_input = decoder_input * self.embedding_multiplier
+            if torch.is_grad_enabled() and not decoder_input.requires_grad:  # a frozen embedding: recomputed layers are trained by their input's gradient
+                decoder_input.requires_grad_()
         whole = super().forward
         if not self.post_process:
             return cast(Tensor, whole(input_ids, position_ids, attention_mask, decoder_input=decoder_input, **kwargs))
@@ -325,6 +332,7 @@ def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.d
             chunk.output_layer.gradient_accumulation_fusion = False
         chunk.clear_padding()
         chunks.append(chunk.to(device))
+        recompute.install(chunk, options.keep_attention, options.offload_activations)
     return chunks
 
 

@@ -12,6 +12,7 @@ from megatron_prism.engine import run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.errors import UserError
+from megatron_prism.families.components import Trainable
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import layout
 from megatron_prism.planning.context_parallel import check_packing
@@ -130,8 +131,14 @@ class TrainConfig(Block):
     """activations recomputed in the backward pass: selective: attention's; full: every layer's, or the first `recompute_layers`"""
     recompute_layers: Positive | None = None
     """with recompute=full: how many layers of each pipeline stage (chunk, with vpp) are recomputed; none: all"""
+    keep_attention: bool = False
+    """with recompute=full: attention's output is kept beside a layer's input, and its core, most of the work of long sequences, runs once"""
+    offload_activations: bool = False
+    """with recompute=full: what layers keep waits in host memory for the backward pass"""
     deterministic: bool = False
     """only kernels whose sums have a fixed order, so that equal runs are equal bit for bit on GPUs too; slower"""
+    trainable: Trainable = "all"
+    """all weights, or `attention`: its projections alone; the others keep their values and take no gradient and no optimizer state"""
     hidden_dropout: Fraction = 0.0
     """dropout on the embedding and on each residual branch"""
     seed: NonNegative = 1234
@@ -153,7 +160,9 @@ class TrainConfig(Block):
     @property
     def training(self) -> Training:
         """What of it planning wants to know."""
-        return Training(self.precision == "bf16", self.recompute, self.recompute_layers, self.optimizer, self.fp8)
+        return Training(
+            self.precision == "bf16", self.recompute, self.recompute_layers, self.optimizer, self.fp8, self.keep_attention, self.offload_activations
+        )
 
     @model_validator(mode="after")
     def _precisions_go_together(self) -> "TrainConfig":
@@ -167,6 +176,14 @@ class TrainConfig(Block):
             )
         if self.recompute_layers is not None and self.recompute != "full":
             raise ValueError(f"recompute_layers={self.recompute_layers} counts fully recomputed layers; set recompute=full")
+        for key in ("keep_attention", "offload_activations"):
+            if getattr(self, key) and self.recompute != "full":
+                raise ValueError(f"{key}=true is about layers that are recomputed, recompute={self.recompute} is set; set recompute=full")
+        if self.offload_activations and self.recompute_layers is not None:
+            raise ValueError(
+                f"offload_activations=true with recompute_layers={self.recompute_layers}: layers that are not recomputed keep too much to be "
+                "copied in time; recompute all, or offload nothing"
+            )
         return self
 
     @model_validator(mode="after")

@@ -38,9 +38,10 @@ def describe_run(model: ModelConfig, plan: ParallelPlan, steps: int, global_batc
     kinds = ", ".join(f"{kind} {readable_bytes(getattr(need, kind))}" for kind in ("weights", "gradients", "optimizer", "activations"))
     causal, full = (flops_per_token(model, seq_len, causal) * tokens for causal in (True, False))
     share = training.recomputed_share(plan, model.num_layers)
-    extra = recompute_flops_per_token(model, seq_len, training.recompute, share=share) * tokens
+    extra = recompute_flops_per_token(model, seq_len, training.recompute, share=share, keep_attention=training.keep_attention) * tokens
     layers = f" of {share * model.num_layers:.0f} of {model.num_layers} layers" if training.recompute_layers else ""
-    again = f"recompute={training.recompute}{layers} adds {extra:.3e}, {extra / causal:.0%}" if training.recompute else "nothing is recomputed"
+    kept = " without attention's core" if training.keep_attention else ""
+    again = f"recompute={training.recompute}{layers}{kept} adds {extra:.3e}, {extra / causal:.0%}" if training.recompute else "nothing is recomputed"
     return "\n".join(
         [
             f"mesh         {plan.describe()}; {plan.num_microbatches} micro-batches of {plan.micro_batch} per step",

@@ -38,11 +38,16 @@ def flops_per_token(model: ModelConfig, seq_len: int, causal: bool = True) -> fl
     return 3.0 * sum(forward_flops_by_kind(model, seq_len, causal).values())
 
 
-def recompute_flops_per_token(model: ModelConfig, seq_len: int, recompute: str | None, causal: bool = True, share: float = 1.0) -> float:
-    """FLOPs that recomputation adds to a token: selective repeats the attention cores, full this share of the layers (not the LM head)."""
+def recompute_flops_per_token(
+    model: ModelConfig, seq_len: int, recompute: str | None, causal: bool = True, share: float = 1.0, keep_attention: bool = False
+) -> float:
+    """FLOPs that recomputation adds to a token: selective repeats the attention cores, full this share of the layers (not the LM head).
+
+    keep_attention: full without the attention cores.
+    """
     forward = forward_flops_by_kind(model, seq_len, causal)
     if recompute == "full":
-        return share * (sum(forward.values()) - forward[LM_HEAD])
+        return share * (sum(forward.values()) - forward[LM_HEAD] - (forward[ATTENTION_CORE] if keep_attention else 0.0))
     return forward[ATTENTION_CORE] if recompute == "selective" else 0.0
 
 

@@ -71,8 +71,7 @@ def _activations(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: in
     per_chunk, tokens = len(layers) // plan.num_chunks, seq_len * plan.micro_batch // plan.cp
     again = [layer for position, layer in enumerate(layers) if training.is_recomputed(position % per_chunk)]
     whole = [layer for position, layer in enumerate(layers) if not training.is_recomputed(position % per_chunk)]
-    inputs = len(again) * training.value_bytes * (model.hidden_size // _sequence_cut(plan))
-    kept = (inputs + sum(layer.values for layer in whole)) * _in_flight(plan, stage)
+    kept = (_kept_of(again, training) + sum(layer.values for layer in whole)) * _in_flight(plan, stage)
     peaks = [tokens * (kept + max((layer.gradient for layer in whole), default=0))]
     if again:
         gone = sum(layer.values for layer in whole) / plan.num_chunks
@@ -80,6 +79,12 @@ def _activations(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: in
     if stage == plan.pp - 1:
         peaks.append(tokens * kept + _loss(model, plan, tokens, training))
     return int(max(peaks))
+
+
+def _kept_of(again: "list[_Layer]", training: Training) -> int:
+    """Bytes per token of what recomputed layers keep; of those that keep it in host memory, one that leaves or comes and the one in use."""
+    kept = [layer.input + (layer.attention if training.keep_attention else 0) for layer in again]
+    return sum(sorted(kept)[-2:]) if training.offload_activations else sum(kept)
 
 
 def _loss(model: ModelConfig, plan: ParallelPlan, tokens: int, training: Training) -> int:
@@ -116,6 +121,10 @@ class _Layer:
     """computed forward, needed backward"""
     gradient: int
     """its widest, which exists for a moment"""
+    input: int
+    """what it keeps when it is recomputed"""
+    attention: int
+    """attention's output, and for each head the sum of its softmax in fp32"""
 
 
 def _layer(model: ModelConfig, plan: ParallelPlan, layer: int, training: Training) -> _Layer:
@@ -124,7 +133,9 @@ def _layer(model: ModelConfig, plan: ParallelPlan, layer: int, training: Trainin
     for symbol in symbols:
         plain, of_linear, shared = _activation_values(model, plan, symbol)
         values += size * plain + ((of_linear + shared) if fp8 else size * of_linear)
-    return _Layer(values, max(_gradient_bytes(model, plan.tp, symbol, size) for symbol in symbols))
+    attention = symbols.count("*") * (size * model.query_size + 4 * model.num_attention_heads) // plan.tp
+    gradient = max(_gradient_bytes(model, plan.tp, symbol, size) for symbol in symbols)
+    return _Layer(values, gradient, size * (model.hidden_size // _sequence_cut(plan)), attention)
 
 
 def _activation_values(model: ModelConfig, plan: ParallelPlan, symbol: str) -> tuple[int, int, int]:

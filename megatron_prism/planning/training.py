@@ -17,6 +17,10 @@ class Training:
     """with recompute="full": the first so many layers of each stage (chunk, with vpp); None: all"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     fp8: Fp8Config | None = None
+    keep_attention: bool = False
+    """with recompute="full": attention's output is kept, its core runs once"""
+    offload_activations: bool = False
+    """with recompute="full": what layers keep waits in host memory"""
 
     @property
     def value_bytes(self) -> int:

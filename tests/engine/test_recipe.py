@@ -20,6 +20,9 @@ BASE = ["output=out", "model.hf_config=m", "model.tokenizer=m", "data.blend=b", 
         (["precision=fp32", "optimizer.split_master=true"], "are for bf16 weights"),
         (["optimizer.moments=bf16", "optimizer.betas=[0.9, 0.999]"], "is lost in bf16's"),
         (["recompute_layers=4"], "set recompute=full"),
+        (["keep_attention=true"], "set recompute=full"),
+        (["offload_activations=true", "recompute=selective"], "recompute=selective is set; set recompute=full"),
+        (["offload_activations=true", "recompute=full", "recompute_layers=2"], "recompute all, or offload nothing"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, message):

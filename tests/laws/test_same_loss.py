@@ -22,7 +22,7 @@ TWO_RANKS = {
     "pp_vpp": VPP,
     "dp": {},
     "dp_micro_batch_2": {"micro_batch": 2},
-    "recompute": {**SP, "recompute": "full"},
+    "recompute": {**SP, "recompute": "full", "keep_attention": "true", "offload_activations": "true"},
 }
 FOUR_RANKS = {"tp_sp_pp": {**SP, **PP}, "tp_sp_dp": SP, "pp_dp": PP, "pp_vpp_dp": VPP, "tp_sp_pp_vpp": {**SP, **VPP}, "dp": {}}
 FAULTS = {

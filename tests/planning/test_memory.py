@@ -53,6 +53,19 @@ def test_the_estimate_of_fp8_with_compact_states_is_below_what_an_h200_used_afte
     assert 37.2 - 3.3 < found.total / 2**30 < 37.2
 
 
+def test_recomputed_layers_keep_their_input_with_attentions_output_beside_it_or_both_on_the_host():
+    """Per token of LLaMA-3.1-8B: 8 KiB of input, 8 KiB of output and 32 sums of fp32, in 32 layers; on the host, two layers' worth here."""
+    inputs, outputs, tokens = 2 * 4096, 2 * 4096 + 4 * 32, 8192
+
+    def activations(**options: bool) -> int:
+        return need(LLAMA_8B, training=Training(recompute="full", **options)).activations
+
+    plain = activations()
+    assert activations(keep_attention=True) - plain == 32 * outputs * tokens
+    assert plain - activations(offload_activations=True) == 30 * inputs * tokens
+    assert activations(keep_attention=True, offload_activations=True) - plain == (2 * (inputs + outputs) - 32 * inputs) * tokens
+
+
 def test_state_is_counted_exactly_by_kind():
     weights = num_parameters(LLAMA_8B)
     found = need(LLAMA_8B, recompute="full")

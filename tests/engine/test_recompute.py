@@ -1,0 +1,82 @@
+"""What recomputed layers keep: attention's output, so that its core runs once; on the device or in host memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import write_tiny
+
+from megatron_prism import families
+from megatron_prism.config import ParallelConfig
+from megatron_prism.engine import device, parallel, recompute
+from megatron_prism.engine.attention import CausalAttention
+from megatron_prism.engine.documents import documents
+from megatron_prism.engine.model import BuildOptions, build
+from megatron_prism.planning.layout import make_plan
+
+LENGTH = 32
+PACKED = {"packed_seq_params": documents(torch.tensor([0, 12, 32], dtype=torch.int32), (12, 20))}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing recomputed": {},
+    "recomputed": {"recompute": "full"},
+    "attention kept": {"recompute": "full", "keep_attention": True},
+    "offloaded": {"recompute": "full", "offload_activations": True},
+    "attention kept, offloaded": {"recompute": "full", "keep_attention": True, "offload_activations": True},
+}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Runs of attention's core with gradients or without."""
+    calls = []
+    plain = CausalAttention.forward
+    monkeypatch.setattr(CausalAttention, "forward", lambda self, *args, **kwargs: calls.append(1) or plain(self, *args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "granite_hybrid"])
+@pytest.mark.parametrize("packed", [{}, PACKED], ids=["whole", "packed"])
+def test_gradients_are_equal_whatever_is_kept_and_attention_runs_as_often_as_it_must(tmp_path, monkeypatch, counted, name, packed):
+    """Two micro-batches forward before the first backward pass, as in a pipeline."""
+    monkeypatch.setattr(recompute, "MIN_BYTES", 1)
+    parked = []
+    monkeypatch.setattr(recompute.Parked, "get", lambda self, plain=recompute.Parked.get: parked.append(self) or plain(self))
+    write_tiny(name, tmp_path)
+    _, shape = families.load(tmp_path)
+    place = device.setup("cpu")
+    parallel.start(place)
+    mesh = parallel.build_mesh(make_plan(shape, ParallelConfig(), 1, LENGTH, global_batch=1, micro_batch=1), seed=1)
+    ids = torch.arange(LENGTH).unsqueeze(0)
+    gradients, runs, fetched = {}, {}, {}
+    for case, options in OPTIONS.items():
+        (chunk,) = build(shape, mesh, BuildOptions(layers="local", **options), place)
+        torch.nn.utils.vector_to_parameters(torch.linspace(-1, 1, sum(w.numel() for w in chunk.parameters())).sin(), chunk.parameters())
+        counted.clear()
+        parked.clear()
+        losses = [chunk(tokens, ids, None, labels=tokens.roll(-1), **packed).mean() for tokens in (ids, ids + 7)]
+        for loss in losses:
+            loss.backward()
+        gradients[case] = torch.cat([w.grad.flatten() for w in chunk.parameters()])
+        runs[case], fetched[case] = len(counted), len(parked)
+    parallel.stop()
+    for case, found in gradients.items():
+        assert torch.equal(found, gradients["nothing recomputed"]), case
+    once = runs["nothing recomputed"]
+    assert runs == {case: 2 * once if options.get("recompute") and not options.get("keep_attention") else once for case, options in OPTIONS.items()}
+    assert fetched["recomputed"] == fetched["attention kept"] == 0
+    assert fetched["attention kept, offloaded"] > fetched["offloaded"] == 2 * shape.num_layers
+
+
+def test_an_evaluation_keeps_nothing(tmp_path):
+    write_tiny("llama", tmp_path)
+    _, shape = families.load(tmp_path)
+    place = device.setup("cpu")
+    parallel.start(place)
+    mesh = parallel.build_mesh(make_plan(shape, ParallelConfig(), 1, LENGTH, global_batch=1, micro_batch=1), seed=1)
+    (chunk,) = build(shape, mesh, BuildOptions(layers="local", recompute="full", keep_attention=True), place)
+    ids = torch.arange(LENGTH).unsqueeze(0)
+    chunk.eval()
+    with torch.no_grad():
+        chunk(ids, ids, None, labels=ids)
+    parallel.stop()
+    assert all(not layer.self_attention.core_attention.records for layer in chunk.decoder.layers)
