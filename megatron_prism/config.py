@@ -56,6 +56,8 @@ class ParallelConfig(Block):
     """with a2a+p2p: ranks of each group, and groups"""
     sp: bool = False
     """sequence parallel: norms and dropout also cut the sequence over the tensor-parallel ranks"""
+    tp_comm_overlap: bool = False
+    """with tp and sp, on CUDA: the exchange of tokens runs beside the matrix products (TransformerEngine's userbuffers)"""
     num_layers_in_first_pipeline_stage: Positive | None = None
     """layers of the first stage, where pp does not divide them; the stages without such a number share the rest evenly"""
     num_layers_in_last_pipeline_stage: Positive | None = None

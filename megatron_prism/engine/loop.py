@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_prism import artifact
 from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.data_prep.history import consumption, describe_consumption, recorded
-from megatron_prism.engine import checkpoint, device, parallel, recipe, run_folder
+from megatron_prism.engine import checkpoint, device, parallel, recipe, run_folder, tp_overlap
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.metrics import MetricsLog
@@ -162,6 +162,7 @@ def build_options(cfg: TrainConfig) -> BuildOptions:
         hidden_dropout=cfg.hidden_dropout,
         fp8=cfg.fp8,
         deterministic=cfg.deterministic,
+        tp_comm_overlap=cfg.parallel.tp_comm_overlap,
         fuse_gradients=True,
     )
 

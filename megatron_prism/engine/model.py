@@ -53,6 +53,8 @@ class BuildOptions:
     offload_activations: bool = False
     """with recompute="full": what recomputed layers keep waits in host memory"""
     deterministic: bool = False
+    tp_comm_overlap: bool = False
+    """tokens are exchanged beside the products, through buffers that `tp_overlap.start` has made"""
     fuse_gradients: bool = False
     """TransformerEngine's layers add a weight's gradient into the buffer that DDP gives it, in the product itself: only for chunks that DDP wraps"""
 
@@ -244,6 +246,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
         context_parallel_size=plan.cp,
         cp_comm_type=plan.cp_comm_type,
         sequence_parallel=plan.sp,
+        tp_comm_overlap=options.tp_comm_overlap,
         # with two pipeline ranks "next" and "previous" are one peer: batched interleaved exchange mixes them up and trains wrongly, silently
         overlap_p2p_comm=plan.vpp is not None,
         batch_p2p_comm=plan.vpp is None,

@@ -187,6 +187,21 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _overlap_has_what_it_needs(self) -> "TrainConfig":
+        if not self.parallel.tp_comm_overlap:
+            return self
+        if self.parallel.tp == 1 or not self.parallel.sp:
+            raise ValueError(
+                f"parallel.tp_comm_overlap=true needs tokens that tensor-parallel ranks exchange: parallel.tp={self.parallel.tp} and "
+                f"parallel.sp={self.parallel.sp} are set; set tp to 2 or more and sp=true"
+            )
+        if self.layers == "local" or self.device == "cpu":
+            raise ValueError(
+                f"parallel.tp_comm_overlap=true is TransformerEngine's, on CUDA; layers={self.layers} and device={self.device} are set; leave it false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _packing_fits_the_layout(self) -> "TrainConfig":
         packing, cp = self.data.packing, self.parallel.cp
         if packing is None:
@@ -241,6 +256,8 @@ def check_model(cfg: TrainConfig, model: ModelConfig, plan: layout.ParallelPlan)
         raise UserError(
             "fp8 with recompute=full: a hybrid's layers would be computed again in bf16, and their gradients with them; drop one of the two"
         )
+    if cfg.parallel.tp_comm_overlap and model.is_hybrid:
+        raise UserError("parallel.tp_comm_overlap=true: TransformerEngine has no such buffers for Mamba's projections; leave it false for hybrids")
     if cfg.recompute_layers is not None and model.is_hybrid:
         raise UserError(f"recompute_layers={cfg.recompute_layers}: a hybrid model recomputes every layer with recompute=full; drop recompute_layers")
 

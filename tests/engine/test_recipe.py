@@ -21,6 +21,8 @@ BASE = ["output=out", "model.hf_config=m", "model.tokenizer=m", "data.blend=b", 
         (["optimizer.moments=bf16", "optimizer.betas=[0.9, 0.999]"], "is lost in bf16's"),
         (["recompute_layers=4"], "set recompute=full"),
         (["keep_attention=true"], "set recompute=full"),
+        (["parallel.tp_comm_overlap=true", "parallel.tp=2"], "set tp to 2 or more and sp=true"),
+        (["parallel.tp_comm_overlap=true", "parallel.tp=2", "parallel.sp=true", "layers=local"], "leave it false"),
         (["offload_activations=true", "recompute=selective"], "recompute=selective is set; set recompute=full"),
         (["offload_activations=true", "recompute=full", "recompute_layers=2"], "recompute all, or offload nothing"),
     ],
@@ -35,6 +37,7 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message):
     [
         (["fp8.recipe=tensorwise", "recompute=full"], "computed again in bf16"),
         (["recompute=full", "recompute_layers=4"], "recomputes every layer"),
+        (["parallel.tp=2", "parallel.sp=true", "parallel.tp_comm_overlap=true"], "leave it false for hybrids"),
         (["fp8.recipe=tensorwise", "fp8.bf16_layers_at_start=52"], "leave none of 52 layers in FP8"),
     ],
 )
