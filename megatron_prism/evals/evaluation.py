@@ -113,9 +113,9 @@ class ModelRun:
         folder, sampling, questions = self.folder(task), sampling_of(self.cfg, task), selection.questions
         self._claim(folder, protocol(self.cfg, self.fingerprint, task), questions)
         pairs = runner.pairs_of(questions, sampling.n)
-        if not folder.is_finished(pairs):
+        if not folder.is_finished(pairs, questions):
             self._answer(task, questions, folder)
-        return {**task_figures(folder, task, pairs), "dropped_rows": dict(selection.dropped)} if self.ranks.is_main else None
+        return task_figures(folder, task, selection, pairs) if self.ranks.is_main else None
 
     def _claim(self, folder: ResponseFolder, protocol: Mapping[str, Any], questions: list[Question]) -> None:
         """No rank draws before rank 0 has found that it may: what it refuses must not be among the responses."""
@@ -241,7 +241,7 @@ def paper_figures(row: str, columns: Sequence[str]) -> dict[str, Any]:
     return {"row": row, "scores": {column: figure.value / 100 for column, figure in known.items()}, "caveats": caveats}
 
 
-def task_figures(folder: ResponseFolder, task: Task, pairs: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def task_figures(folder: ResponseFolder, task: Task, selection: Selection, pairs: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """The scores of a finished task, and what its responses cost (seconds are summed over ranks)."""
     rows = [{key: record[key] for key in MEASURED} for record in folder.read(set(pairs))]
     facts = folder.facts()
@@ -254,6 +254,7 @@ def task_figures(folder: ResponseFolder, task: Task, pairs: Sequence[tuple[str, 
         "out_of_context": sum(row["finish_reason"] == "length" and row["num_tokens"] < limit for row in rows) / len(rows),
         "generation_seconds": sum(row["seconds"] for row in rows),
         "grading_seconds": sum(row["grading_seconds"] for row in rows),
+        "dropped_rows": dict(selection.dropped),
     }
 
 

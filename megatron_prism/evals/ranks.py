@@ -63,6 +63,24 @@ class Ranks:
         return list(items[self.rank :: self.world])
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """`alive`, entered when rank 0 and every other rank have seen each other live.
+
+        So nothing that ranks of an earlier launch left behind is taken for what those of this one say. Rank 0 goes on alone after patience_seconds:
+        others may have done their share and ended.
+        """
+        first = {rank: self._last_beat(rank) for rank in (range(1, self.world) if self.is_main else [0])}
+        with self.alive():
+            if self.is_main:
+                end = time.monotonic() + self.patience_seconds
+                while time.monotonic() < end and any(self._last_beat(rank) == beat for rank, beat in first.items()):
+                    time.sleep(POLL_SECONDS)
+            else:
+                self.wait("the start", lambda: [0] if self._last_beat(0) in (0, first[0]) else [])
+                time.sleep(BEAT_SECONDS)  # long enough to be seen, however little there is to do
+            yield
+
+    @contextmanager
     def alive(self) -> Iterator[None]:
         """Inside, this rank gives its sign of life."""
         ended = threading.Event()
@@ -96,12 +114,17 @@ class Ranks:
 
     def _silent_seconds(self, rank: int, seen: dict[int, tuple[int, float]]) -> float:
         """By our clock alone: hosts' clocks differ."""
-        sign = self._sign(rank)
-        beat = sign.stat().st_mtime_ns if sign.exists() else 0
-        now = time.monotonic()
+        beat, now = self._last_beat(rank), time.monotonic()
         if rank not in seen or seen[rank][0] != beat:
             seen[rank] = (beat, now)
         return now - seen[rank][1]
+
+    def _last_beat(self, rank: int) -> int:
+        """When it last gave a sign, by its own clock; 0: it gave none."""
+        try:
+            return self._sign(rank).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def _sign(self, rank: int) -> Path:
         return self.folder / f".rank_{rank}.tmp"  # an artifact does not count such files

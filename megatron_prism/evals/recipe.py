@@ -147,6 +147,8 @@ class EvaluateConfig(Block):
             raise ValueError("there are no models to score: give [[models]] tables, or follow.run")
         if self.perplexity is None and self.tasks is None:
             raise ValueError("there is nothing to evaluate: give a perplexity block, a tasks block, or both")
+        if self.regrade and self.tasks is None:
+            raise ValueError("regrade=true grades the responses to tasks, and the recipe has none")
         if self.follow is not None and self.follow.choose == "validation" and not self.follow.validation and self.perplexity is None:
             raise ValueError("follow.choose=validation needs follow.validation, tasks that decide, or a perplexity block")
         return self

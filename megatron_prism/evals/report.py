@@ -30,7 +30,9 @@ def samples(output: Path, results: Results, tasks: Sequence[tuple[Task, Selectio
         for task, selection in tasks:
             shown = {question.id: question for question in selection.questions[:SHOWN_QUESTIONS]}
             for record in ResponseFolder(output, model, task.name).read():
-                if record["id"] in shown and record["sample"] < SHOWN_SAMPLES:
+                if record["id"] not in shown:
+                    break  # questions stand in order: the rest of the file is not read
+                if record["sample"] < SHOWN_SAMPLES:
                     found.append({"model": model, "task": task.name, "prompt": task.prompt_for(shown[record["id"]]), **_shown(record)})
     return found
 

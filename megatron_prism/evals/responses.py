@@ -7,12 +7,13 @@
     OUTPUT/parts/MODEL/TASK/ended.RANK.json           that this rank has done its share
 
 Owns: which (question, sample) pairs are there, joining the parts. The folder is all that ranks share, so their number may change between sessions.
-Refuses: responses drawn otherwise, or to a question that reads otherwise now. A verdict of another grader, rule or answer is none: it is made again.
+Refuses: responses drawn otherwise, or to a question that reads otherwise now. A verdict of another grader, rule, answer or test is none: it is made
+again.
 """
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,11 @@ class ResponseFolder:
         """Whether this is how responses are drawn."""
         return bool(self._description().get("protocol") == json.loads(json.dumps(protocol)))
 
-    def is_finished(self, pairs: Collection[Pair]) -> bool:
-        """Whether all these pairs are joined."""
-        return self.finished.is_file() and {pair_of(record) for record in records(self.finished)}.issuperset(pairs)
+    def is_finished(self, pairs: Collection[Pair], questions: Sequence[Question]) -> bool:
+        """Whether all these pairs are joined, with verdicts as these questions are graded now."""
+        wanted = {question.id: graded_as(question) for question in questions}
+        joined = {pair_of(record) for record in records(self.finished) if record.get("graded_as") == wanted.get(record["id"], "")}
+        return joined.issuperset(pairs)
 
     def open_part(self, kind: str, rank: int) -> RecordLog:
         """The rank's own file of `responses` or `verdicts`, to append to."""
@@ -68,7 +71,11 @@ class ResponseFolder:
 
     def answered(self) -> set[Pair]:
         """The pairs whose response is on disk, whoever drew it."""
-        return {pair_of(record) for path in self._parts("responses") for record in records(path)}
+        while True:
+            try:
+                return {pair_of(record) for path in self._parts("responses") for record in records(path)}
+            except FileNotFoundError:  # joined just now: the finished file holds what that part held
+                continue
 
     def verdicts(self, questions: Mapping[str, Question]) -> dict[Pair, Record]:
         """What was graded so far as these questions, by id, are graded now, whoever did it."""
@@ -79,10 +86,6 @@ class ResponseFolder:
     def end_share(self, rank: int, facts: Mapping[str, Any]) -> None:
         """Say that a rank has done its share. facts: what it measured."""
         artifact.write_atomic(self.parts / f"ended.{rank}.json", json.dumps(dict(facts)) + "\n")
-
-    def reopen_share(self, rank: int) -> None:
-        """Take back what an earlier session said."""
-        (self.parts / f"ended.{rank}.json").unlink(missing_ok=True)
 
     def ended(self) -> dict[int, dict[str, Any]]:
         """The ranks that have done their share, and what they measured."""
@@ -115,10 +118,6 @@ class ResponseFolder:
         )
         shutil.rmtree(self.parts, ignore_errors=True)
 
-    def replace(self, found: Iterable[Record]) -> None:
-        """Put other records in the place of the finished ones; the old file is readable while `found` is drawn."""
-        write_all(self.finished, found)
-
     def facts(self) -> dict[str, Any]:
         """What the last join was told."""
         return dict(self._description().get("facts", {}))
@@ -141,14 +140,30 @@ class ResponseFolder:
         return [*([self.finished] if self.finished.is_file() else []), *sorted(self.parts.glob(f"{kind}.*.jsonl.zst"))]
 
 
+def reopen_shares(output: Path, rank: int) -> None:
+    """Take back what an earlier session of a rank said of its shares."""
+    for ended in output.glob(f"parts/*/*/ended.{rank}.json"):
+        ended.unlink(missing_ok=True)
+
+
 def asked(question: Question) -> str:
     """What a question reads like, in short."""
     return xxhash.xxh64_hexdigest(question.text.encode())
 
 
 def graded_as(question: Question) -> str:
-    """What its verdicts depend on besides the response: the grader, the rule for answers, the answer. Tests of programs are not looked at."""
-    return xxhash.xxh64_hexdigest(repr((question.grader, question.dataset, question.extraction, question.entry.get("answer"))).encode())
+    """What its verdicts depend on besides the response, in short: grader, rule for answers, the grader's own record (answer, tests, limits)."""
+    entry = ordered(question.entry) if isinstance(question.entry, dict) else question.entry  # what is no dict has a repr that tells it apart
+    return xxhash.xxh64_hexdigest(repr((question.grader, question.dataset, question.extraction, entry)).encode(errors="surrogatepass"))
+
+
+def ordered(value: Any) -> Any:
+    """The same content in one order, whatever the hash seed of the process."""
+    if isinstance(value, dict):
+        return sorted((repr(key), ordered(content)) for key, content in value.items())
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    return [ordered(content) for content in value] if isinstance(value, list | tuple) else repr(value)
 
 
 def pair_of(record: Mapping[str, Any]) -> Pair:

@@ -5,17 +5,20 @@ flight and draws nothing twice. Owns: the life of a response from request to fin
 waits for whom `ranks`'. Called on every rank; rank 0 joins.
 """
 
-import queue
+import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from megatron_prism import artifact
 from megatron_prism.errors import UserError
-from megatron_prism.evals.frames import Record, RecordLog
+from megatron_prism.evals.frames import Record, RecordLog, write_all
 from megatron_prism.evals.progress import Watch
 from megatron_prism.evals.prompts import Asked
 from megatron_prism.evals.ranks import Ranks
@@ -28,6 +31,12 @@ Judge = Callable[[Sequence[tuple[Question, str]]], Iterable[Verdict]]
 """Verdicts on (question, text) pairs, in order."""
 BATCH = 256
 """verdicts asked for at a time"""
+AHEAD = 4 * BATCH
+"""responses that wait to be graded at most"""
+REGRADED, ALL_WRITTEN = "regraded", "ALL_WRITTEN"
+"""folder of an output for verdicts that are not valid yet, and its file that makes them so"""
+Ungraded = tuple[Question, int, str]
+"""A question, the number of a sample, what it says"""
 
 
 def pairs_of(questions: Sequence[Question], n: int) -> list[Pair]:
@@ -43,17 +52,14 @@ def draw(
     share = ranks.share(pairs_of(asked.questions, asked.sampling.n))
     missing = [pair for pair in share if pair not in there]
     advance = watch(folder.label, len(share), len(share) - len(missing)) if watch else None
-    folder.reopen_share(ranks.rank)
     places = {question.id: place for place, question in enumerate(asked.questions)}
     requests = [Request(asked.prompts[places[question]], places[question], sample) for question, sample in missing]
     started = time.monotonic()
     with closing(folder.open_part("responses", ranks.rank)) as responses, Grading(judge, folder.open_part("verdicts", ranks.rank)) as grading:
         if requests:
             open_generator().generate_requests(requests, asked.sampling, _Keeper(asked.questions, responses, grading, advance))
-        generated = time.monotonic()
         grading.finish()
-        waited = time.monotonic() - generated
-    folder.end_share(ranks.rank, {"seconds": time.monotonic() - started, "grading_wait_seconds": waited})
+    folder.end_share(ranks.rank, {"seconds": time.monotonic() - started, "grading_wait_seconds": grading.waited_seconds})
 
 
 class _Keeper:
@@ -76,75 +82,87 @@ class _Keeper:
             "logprob": sum(completion.logprobs),
             "seconds": round(now - self.before, 6),
         }
-        self.before = now
         self.responses.append(record)
         self.grading.submit(question, request.sample, completion.text)
+        self.before = time.monotonic()
         if self.advance is not None:
             self.advance(1)
 
 
 class Grading:
-    """Verdicts in a thread beside the generation; a context manager that closes its log. Its processes, if any, are the judge's."""
+    """Verdicts in a thread beside the generation; a context manager that closes its log. Its processes, if any, are the judge's.
 
-    def __init__(self, judge: Judge, log: RecordLog):
-        self._judge, self._log = judge, log
-        self._waiting: queue.SimpleQueue[tuple[Question, int, str] | None] = queue.SimpleQueue()
+    At most `ahead` responses wait; then whoever submits waits, so that a grader that cannot keep up fills no memory. On the way out with an error,
+    what still waits stays ungraded: the next session grades it.
+    """
+
+    def __init__(self, judge: Judge, log: RecordLog, ahead: int = AHEAD):
+        self._judge, self._log, self._ahead = judge, log, ahead
+        self._waiting: deque[Ungraded] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._dropped = False
         self._error: BaseException | None = None
+        self.waited_seconds = 0.0
+        """what the gradings added to the run"""
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> "Grading":
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._end(dropping=kind is not None)
         self._log.close()
 
     def submit(self, question: Question, sample: int, text: str) -> None:
         """Have a response graded. Errors: what stopped the grading of an earlier one (a full disk)."""
-        if self._error is not None:
-            raise self._error
-        self._waiting.put((question, sample, text))
+        begun = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) < self._ahead or self._error is not None)
+            if self._error is not None:
+                raise self._error
+            self._waiting.append((question, sample, text))
+            self._changed.notify_all()
+        self.waited_seconds += time.monotonic() - begun
 
     def finish(self) -> None:
         """Wait until all are graded. Errors: what stopped the grading."""
-        self._waiting.put(None)
-        self._thread.join()
+        begun = time.monotonic()
+        self._end(dropping=False)
+        self.waited_seconds += time.monotonic() - begun
         if self._error is not None:
             raise self._error
+
+    def _end(self, dropping: bool) -> None:
+        with self._changed:
+            self._ended, self._dropped = True, dropping
+            self._changed.notify_all()
+        self._thread.join()
 
     def _work(self) -> None:
         try:
             while batch := self._take():
-                grade(batch, self._judge, self._log)
+                grade(batch, self._judge, self._log, lambda: self._dropped)
         except BaseException as error:  # a thread's boundary: whoever submits or waits is told
-            self._error = error
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
 
-    def _take(self) -> list[tuple[Question, int, str]]:
+    def _take(self) -> list[Ungraded]:
         """What waits, at least one; nothing at the end."""
-        batch: list[tuple[Question, int, str]] = []
-        while len(batch) < BATCH:
-            item = self._waiting.get() if not batch else self._next()
-            if item is None:
-                break
-            batch.append(item)
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._ended)
+            batch = [] if self._dropped else [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+            self._changed.notify_all()
         return batch
 
-    def _next(self) -> tuple[Question, int, str] | None:
-        try:
-            item = self._waiting.get_nowait()
-        except queue.Empty:
-            return None
-        if item is None:
-            self._waiting.put(None)  # the end comes again, after this batch
-        return item
 
-
-def grade(batch: Sequence[tuple[Question, int, str]], judge: Judge, log: RecordLog) -> None:
-    """Write the verdicts on some responses."""
+def grade(batch: Sequence[Ungraded], judge: Judge, log: RecordLog, is_dropped: Callable[[], bool] = lambda: False) -> None:
+    """Write the verdicts on some responses; no more of them once they are dropped."""
     verdicts = timed(judge([(question, text) for question, _, text in batch]))
     for (question, sample, _), (decided, seconds) in zip(batch, verdicts, strict=True):
+        if is_dropped():
+            return
         log.append({"id": question.id, "sample": sample, **asdict(decided), "grading_seconds": seconds, "graded_as": graded_as(question)})
 
 
@@ -167,10 +185,25 @@ def grade_missing(folder: ResponseFolder, questions: Sequence[Question], pairs: 
         grade([(by_id[record["id"]], record["sample"], record["text"]) for record in batch], judge, log)
 
 
-def regrade(folder: ResponseFolder, questions: Sequence[Question], judge: Judge) -> None:
-    """Grade a finished file's responses anew; it is replaced when all are graded. Errors: UserError for responses to questions that are no more."""
-    by_id = {question.id: question for question in questions}
-    folder.replace(_judged(folder.read(), by_id, judge, folder.task))
+def regrade(output: Path, todo: Sequence[tuple[ResponseFolder, Sequence[Question]]], judge: Judge) -> None:
+    """Grade the responses of finished files anew. All files are replaced, or none is: killed at any moment, no file has other graders' verdicts than
+    the next. Errors: UserError for responses to questions that are no more."""
+    settle_regrading(output)
+    fresh = output / REGRADED
+    for folder, questions in todo:
+        by_id = {question.id: question for question in questions}
+        write_all(fresh / folder.finished.relative_to(output), _judged(folder.read(), by_id, judge, folder.task))
+    artifact.write_atomic(fresh / ALL_WRITTEN, "")
+    settle_regrading(output)
+
+
+def settle_regrading(output: Path) -> None:
+    """After a regrading that may have been stopped: its files take their places where all of them were written, else they are dropped."""
+    fresh = output / REGRADED
+    if (fresh / ALL_WRITTEN).is_file():
+        for file in fresh.rglob("*.jsonl.zst"):
+            file.replace(output / file.relative_to(fresh))
+    shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _judged(found: Iterator[Record], by_id: dict[str, Question], judge: Judge, task: str) -> Iterator[Record]:

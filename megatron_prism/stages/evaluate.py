@@ -58,22 +58,28 @@ def run(cfg: EvaluateConfig) -> Path:
         find_model(model.path)
     from megatron_prism.evals.evaluation import is_as_scored
     from megatron_prism.evals.frames import named_disk_full
+    from megatron_prism.evals.responses import reopen_shares
 
     if artifact.is_current(cfg.output, asked, parents(cfg)) and not cfg.regrade and is_as_scored(asked):
         return cfg.output
 
-    with named_disk_full(cfg.output), ranks.alive(), _open(asked, ranks) as evaluation:
-        _begin(asked, ranks)
+    reopen_shares(cfg.output, ranks.rank)
+    with named_disk_full(cfg.output), ranks.together(), _open(asked, ranks) as evaluation:
         if cfg.regrade:
             _regrade(evaluation)
-        _score(evaluation)
+        else:
+            _begin(asked, ranks)
+            _score(evaluation)
     return cfg.output
 
 
 def _begin(cfg: EvaluateConfig, ranks: Ranks) -> None:
     """Rank 0 opens the output; the others wait until it did."""
+    from megatron_prism.evals.runner import settle_regrading
+
     if ranks.is_main:
         artifact.begin(cfg.output, "evaluate", cfg, parents(cfg))
+        settle_regrading(cfg.output)
     else:
         ranks.wait("the start", lambda: [] if artifact.begun_as(cfg.output) == config_hash(cfg) else [0])
 
@@ -90,20 +96,33 @@ def _score(evaluation: "Evaluation") -> None:
             scores[model.name] = found
             _report(evaluation, scores)
     if evaluation.ranks.is_main:
-        shutil.rmtree(evaluation.cfg.output / "parts", ignore_errors=True)
-        _show(evaluation.cfg)
-        artifact.complete(evaluation.cfg.output)
+        _finish(evaluation.cfg)
 
 
 def _regrade(evaluation: "Evaluation") -> None:
+    """The responses of a finished evaluation under today's graders, and its scores from them. The models are not looked at. Errors: UserError."""
+    from megatron_prism.evals.evaluation import protocol, task_figures
     from megatron_prism.evals.responses import ResponseFolder
-    from megatron_prism.evals.runner import regrade
+    from megatron_prism.evals.runner import pairs_of, regrade
 
+    cfg, before = evaluation.cfg, _scored_before(evaluation.cfg)
+    absent = [model.name for model in cfg.models if model.name not in before]
     if evaluation.ranks.world > 1:
         raise UserError(f"regrade=true runs in one process, not on {evaluation.ranks.world} ranks: nothing is generated")
-    for task, selection in evaluation.tasks:
-        for finished in sorted((evaluation.cfg.output / "responses").glob(f"*/{task.name}.jsonl.zst")):
-            regrade(ResponseFolder(evaluation.cfg.output, finished.parent.name, task.name), selection.questions, evaluation.judge)
+    if absent or not before:
+        raise UserError(
+            f"regrade=true grades the responses of an evaluation that is done, and {cfg.output} holds no scores of "
+            f"{', '.join(absent) or 'any model'} by this recipe: start it without regrade=true first, which draws, grades and scores them"
+        )
+    todo = [(name, ResponseFolder(cfg.output, name, task.name), task, selection) for name in before for task, selection in evaluation.tasks]
+    for name, folder, task, selection in todo:
+        folder.claim(protocol(cfg, before[name]["fingerprint"], task), selection.questions)
+    _begin(cfg, evaluation.ranks)
+    regrade(cfg.output, [(folder, selection.questions) for _, folder, _, selection in todo], evaluation.judge)
+    for name, folder, task, selection in todo:
+        before[name]["tasks"][task.name] = task_figures(folder, task, selection, pairs_of(selection.questions, sampling_of(cfg, task).n))
+    _report(evaluation, before)
+    _finish(cfg)
 
 
 def _report(evaluation: "Evaluation", scores: dict[str, Any]) -> None:
@@ -118,13 +137,16 @@ def _report(evaluation: "Evaluation", scores: dict[str, Any]) -> None:
     artifact.write_atomic(cfg.output / "report.html", report.page(found, report.samples(cfg.output, found, evaluation.tasks)))
 
 
-def _show(cfg: EvaluateConfig) -> None:
+def _finish(cfg: EvaluateConfig) -> None:
+    """Show the scores; nothing is left to be done."""
     from megatron_prism.evals import table
 
     found = json.loads((cfg.output / "scores.json").read_text(encoding="utf-8"))
     table.show(found, title=f"scores ({cfg.output / 'scores.json'})")
     for line in table.summary(found):
         print(line)
+    shutil.rmtree(cfg.output / "parts", ignore_errors=True)
+    artifact.complete(cfg.output)
 
 
 def _scored_before(cfg: EvaluateConfig) -> dict[str, Any]:

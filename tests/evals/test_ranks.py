@@ -10,6 +10,7 @@ from megatron_prism.errors import UserError
 from megatron_prism.evals import ranks as ranks_module
 from megatron_prism.evals.progress import Lines
 from megatron_prism.evals.ranks import Ranks
+from megatron_prism.evals.responses import reopen_shares
 
 
 def test_shares_cover_everything_once(tmp_path: Path) -> None:
@@ -64,6 +65,37 @@ def test_a_rank_that_lives_is_waited_for_longer_than_one_that_does_not(tmp_path:
         main.wait("the task", lambda: [1])
     assert 0.3 < time.monotonic() - started < 5
     assert not list(tmp_path.glob(".rank_1*"))
+
+
+def test_ranks_start_when_they_have_seen_each_other_live_and_not_what_others_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(ranks_module, "POLL_SECONDS", 0.02)
+    (tmp_path / ".rank_1.tmp").touch()  # of processes that were killed
+    (tmp_path / ".rank_0.tmp").touch()
+    ended = tmp_path / "parts" / "model" / "task" / "ended.1.json"
+    ended.parent.mkdir(parents=True)
+    ended.write_text("{}")
+    seen: list[str] = []
+
+    def run(rank: int) -> None:
+        reopen_shares(tmp_path, rank)
+        with Ranks(tmp_path, rank, 2, patience_seconds=20).together():
+            seen.append(f"{rank}: {ended.exists()}")
+            time.sleep(0.3)
+
+    main, other = (threading.Thread(target=run, args=(rank,)) for rank in (0, 1))
+    main.start()
+    time.sleep(0.5)
+    assert seen == []
+    other.start()
+    main.join()
+    other.join()
+    assert sorted(seen) == ["0: False", "1: False"]
+    begun = time.monotonic()
+    with Ranks(tmp_path, 0, 2, patience_seconds=0.3).together():  # the other one did its share before, and ended
+        assert time.monotonic() - begun < 5
+    with pytest.raises(UserError, match="the start: rank 0 of 2 gave no sign of life"), Ranks(tmp_path, 1, 2, patience_seconds=0.3).together():
+        pass
 
 
 def test_a_line_says_how_far_and_how_long_without_counting_what_was_there(capsys: pytest.CaptureFixture[str]) -> None:

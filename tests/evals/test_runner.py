@@ -18,8 +18,10 @@ from megatron_prism.errors import UserError
 from megatron_prism.evals import runner
 from megatron_prism.evals.frames import records
 from megatron_prism.evals.ranks import Ranks
-from megatron_prism.evals.responses import ResponseFolder, pair_of
+from megatron_prism.evals.responses import ResponseFolder, graded_as, pair_of
 from megatron_prism.evals.scores import score
+from megatron_prism.evals.sources.livecodebench import PackedEntry
+from megatron_prism.grading import Question
 
 HERE = Path(__file__).parent
 
@@ -115,8 +117,8 @@ def test_more_samples_and_more_questions_are_added_to_those_that_are_there(tmp_p
     assert sorted(_run(tmp_path, 4, 3).asked) == [(0, 2), (1, 2), (2, 2), (3, 0), (3, 1), (3, 2)]
     assert _run(tmp_path, 4, 3).asked == []
     folder = ResponseFolder(tmp_path, "model", "task")
-    assert folder.is_finished(runner.pairs_of(questions(4), 3))
-    assert not folder.is_finished(runner.pairs_of(questions(4), 4))
+    assert folder.is_finished(runner.pairs_of(questions(4), 3), questions(4))
+    assert not folder.is_finished(runner.pairs_of(questions(4), 4), questions(4))
 
 
 def test_known_answers_get_their_true_score(tmp_path: Path) -> None:
@@ -131,16 +133,106 @@ def test_regrading_changes_verdicts_and_nothing_else(tmp_path: Path) -> None:
     _run(tmp_path, 3, 2)
     folder = ResponseFolder(tmp_path, "model", "task")
     before = list(folder.read())
-    other = [type(question)(question.text, "exact", "numbers", {"answer": "none"}, "answer_line", question.id) for question in questions(3)]
-    runner.regrade(folder, other, judge)
+    other = answered_by_none(3)
+    runner.regrade(tmp_path, [(folder, other)], judge)
     after = list(folder.read())
     assert [record["correct"] for record in after] == [not record["correct"] for record in before]
     assert [(record["id"], record["sample"], record["text"]) for record in after] == [
         (record["id"], record["sample"], record["text"]) for record in before
     ]
     with pytest.raises(UserError, match="no question 'q1' any more"):
-        runner.regrade(folder, [other[0], other[2]], judge)
+        runner.regrade(tmp_path, [(folder, [other[0], other[2]])], judge)
     assert list(folder.read()) == after
+
+
+def answered_by_none(count: int) -> list[Question]:
+    """The same questions, whose answer is now what odd samples say."""
+    return [replace(question, entry={"answer": "none"}) for question in questions(count)]
+
+
+def test_a_regrading_that_is_stopped_leaves_all_verdicts_as_they_were_or_ends_with_all_of_them_new(tmp_path: Path) -> None:
+    folders = [ResponseFolder(tmp_path, "model", name) for name in ("first", "second")]
+    for folder in folders:
+        runner.draw(lambda: Scripted(text_of), folder, asked(3, 2), Ranks(tmp_path), judge)
+        runner.join(folder, asked(3, 2), Ranks(tmp_path), judge, FACTS)
+    before = [folder.finished.read_bytes() for folder in folders]
+
+    def killed(pairs):
+        if next(stopped) == 2:
+            raise KeyboardInterrupt
+        return judge(pairs)
+
+    stopped, todo = iter((1, 2)), [(folder, answered_by_none(3)) for folder in folders]
+    with pytest.raises(KeyboardInterrupt):
+        runner.regrade(tmp_path, todo, killed)
+    assert (tmp_path / runner.REGRADED / "responses" / "model" / "first.jsonl.zst").is_file()
+    runner.settle_regrading(tmp_path)
+    assert [folder.finished.read_bytes() for folder in folders] == before
+    runner.regrade(tmp_path, todo, judge)
+    after = [folder.finished.read_bytes() for folder in folders]
+    folders[1].finished.write_bytes(before[1])  # as after a kill when one file of two had taken its place
+    waiting = tmp_path / runner.REGRADED / "responses" / "model" / "second.jsonl.zst"
+    waiting.parent.mkdir(parents=True)
+    waiting.write_bytes(after[1])
+    (tmp_path / runner.REGRADED / runner.ALL_WRITTEN).touch()
+    runner.settle_regrading(tmp_path)
+    assert [folder.finished.read_bytes() for folder in folders] == after
+    assert not (tmp_path / runner.REGRADED).exists()
+    assert all(record["correct"] == (record["sample"] % 2 == 1) for folder in folders for record in folder.read())
+
+
+def test_verdicts_by_other_tests_limits_or_answers_are_made_again(tmp_path: Path) -> None:
+    def packed(tests: str) -> PackedEntry:
+        return PackedEntry({"time_limit": 6.0}, tests, "rows.jsonl:1")
+
+    plain = {"tests": [{"input": "1", "output": "2"}], "time_limit": 6.0}
+    entries = [plain, {**plain, "time_limit": 7.0}, {**plain, "tests": [{"input": "1", "output": "3"}]}, packed("a"), packed("b")]
+    assert len({graded_as(replace(questions(1)[0], entry=entry)) for entry in entries}) == 5
+    assert graded_as(replace(questions(1)[0], entry=dict(reversed(plain.items())))) == graded_as(replace(questions(1)[0], entry=plain))
+    _run(tmp_path, 3, 2)
+    folder, other = ResponseFolder(tmp_path, "model", "task"), answered_by_none(3)
+    pairs = runner.pairs_of(other, 2)
+    assert folder.is_finished(pairs, questions(3)) and not folder.is_finished(pairs, other)
+    runner.draw(lambda: pytest.fail("nothing is to be drawn"), folder, replace(asked(3, 2), questions=tuple(other)), Ranks(tmp_path), judge)
+    runner.join(folder, replace(asked(3, 2), questions=tuple(other)), Ranks(tmp_path), judge, FACTS)
+    assert folder.is_finished(pairs, other)
+    assert [record["correct"] for record in folder.read()] == [False, True] * 3
+
+
+def test_a_grader_that_cannot_keep_up_holds_the_generation_back_and_that_is_counted(tmp_path: Path) -> None:
+    graded: list[int] = []
+    behind: list[int] = []
+
+    def slow(pairs):
+        for pair in pairs:
+            time.sleep(0.02)
+            graded.append(1)
+            yield from judge([pair])
+
+    log = ResponseFolder(tmp_path, "model", "task").open_part("verdicts", 0)
+    with runner.Grading(slow, log, ahead=3) as grading:
+        for number in range(20):
+            grading.submit(questions(20)[number], 0, "Answer: 0")
+            behind.append(number + 1 - len(graded))
+        grading.finish()
+    assert len(graded) == 20
+    assert max(behind) <= 2 * 3 + 1  # what waits, and the batch at work
+    assert grading.waited_seconds > 0.2
+
+
+def test_an_error_ends_the_grading_without_working_through_what_waits(tmp_path: Path) -> None:
+    folder = ResponseFolder(tmp_path, "model", "task")
+
+    def slow(pairs):
+        for pair in pairs:
+            time.sleep(0.05)
+            yield from judge([pair])
+
+    with pytest.raises(OSError, match="no space"), runner.Grading(slow, folder.open_part("verdicts", 0)) as grading:
+        for question in questions(200):
+            grading.submit(question, 0, "Answer: 0")
+        raise OSError("no space")
+    assert len(list(records(folder.parts / "verdicts.0.jsonl.zst"))) < 20
 
 
 def test_a_response_is_on_disk_before_the_next_one_is_drawn(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_prism import artifact
 from megatron_prism.config import validate
 from megatron_prism.errors import UserError
 from megatron_prism.evals.frames import records
+from megatron_prism.evals.ranks import Ranks
 from megatron_prism.stages import evaluate
 
 TASK = 'name = "sums"\ndomain = "math"\ndataset = "chain_sum"\nnum_questions = 6\nmax_new_tokens = 8\n'
@@ -163,6 +164,24 @@ def test_grading_again_changes_verdicts_without_generating(place: Path) -> None:
     assert [record["text"] for record in records(path)] == [record["text"] for record in artifact_text]
 
 
+def test_grading_again_what_is_not_finished_is_refused_with_what_to_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = place / "nothing_yet"
+    with pytest.raises(UserError, match=r"nothing_yet holds no scores of one by this recipe: start it without regrade=true first"):
+        _run(_recipe(place, output, regrade=True))
+    assert not output.is_dir() or not [path for path in output.iterdir() if path.suffix != ".tmp"]
+    done = place / "unbroken_again"
+    _run(_recipe(place, done))
+    with pytest.raises(UserError, match="holds no scores of one by this recipe"):
+        _run(_recipe(place, done, regrade=True, generation={"n": 2, "temperature": 1.0}))
+    artifact.require(done, "evaluate")
+    with monkeypatch.context() as ranks, pytest.raises(UserError, match="one process, not on 2 ranks"):
+        ranks.setenv("WORLD_SIZE", "2")
+        _run(_recipe(place, done, regrade=True, patience_seconds=0.5))
+    artifact.require(done, "evaluate")
+    with pytest.raises(UserError, match="the recipe has none"):
+        _run({**_recipe(place, done, regrade=True), "tasks": None, "perplexity": {"blend": "x"}})
+
+
 def test_another_way_of_drawing_is_not_mixed_with_what_is_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = place / "mixed"
     _run(_recipe(place, output))
@@ -175,10 +194,19 @@ def test_another_way_of_drawing_is_not_mixed_with_what_is_there(place: Path, mon
         (output / "responses" / "one" / "sums.jsonl.zst").unlink()
         recipe = _recipe(place, output, generation={"max_new_tokens": 5}, patience_seconds=0.5)
         artifact.begin(output, "evaluate", validate(recipe, evaluate.Config, where="test"))  # rank 0 gets as far as that
+        main = threading.Thread(target=_live_for, args=(output, 6.0))
+        main.start()
         _run(recipe)
+    main.join()
     assert not list(output.glob("parts/one/sums/responses.*"))
     again = _run(_recipe(place, output, generation={"batch_size": 3}))
     assert again["models"]["one"]["tasks"]["sums"]["num_questions"] == 6
+
+
+def _live_for(output: Path, seconds: float) -> None:
+    """Rank 0 of two, which does nothing."""
+    with Ranks(output, 0, 2).alive():
+        time.sleep(seconds)
 
 
 def test_a_finished_output_of_a_task_or_model_that_changed_is_not_taken_for_current(place: Path, tmp_path: Path) -> None:

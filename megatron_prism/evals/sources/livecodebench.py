@@ -7,11 +7,13 @@ Owns: the months, the tests. Refuses: pickles of anything but text.
 
 import base64
 import binascii
+import hashlib
 import io
 import json
 import pickle
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, NoReturn
 
 from pydantic import Field
@@ -55,7 +57,10 @@ class LiveCodeBench(Reader):
 
 
 class PackedEntry(Mapping[str, Any]):
-    """A grader's entry whose "tests" stay packed: each look at them unpacks them anew. It travels to other processes packed."""
+    """A grader's entry whose "tests" stay packed: each look at them unpacks them anew. It travels to other processes packed.
+
+    Its repr tells it from entries with other tests.
+    """
 
     def __init__(self, known: Mapping[str, Any], packed: str, place: str):
         self._known, self._packed, self._place = known, packed, place
@@ -70,6 +75,13 @@ class PackedEntry(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._known) + 1
+
+    def __repr__(self) -> str:
+        return f"PackedEntry({self._known!r}, tests={self._digest})"
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._packed.encode()).hexdigest()
 
 
 def unpack_tests(packed: str, place: str) -> list[dict[str, str]]:
