@@ -144,6 +144,9 @@ def build_run(cfg: TrainConfig) -> Run:
 
 def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place: torch.device) -> Engine:
     """The model of a recipe with random weights, wrapped, and its optimizer: what `prism train` and `prism bench` both step."""
+    if cfg.parallel.tp_comm_overlap:
+        bf16_layers = cfg.fp8 is not None and bool(cfg.fp8.bf16_layers_at_start or cfg.fp8.bf16_layers_at_end)
+        tp_overlap.start(mesh, place, cfg.data.seq_len, model_config.hidden_size, fp8=cfg.fp8 is not None, bf16_layers=bf16_layers)
     chunks = build(model_config, mesh, build_options(cfg), place)
     freeze(chunks, cfg.trainable)
     model = wrap_model(chunks, mesh, cfg.optimizer, overlap=place.type == "cuda")

@@ -197,7 +197,8 @@ class TrainConfig(Block):
             )
         if self.layers == "local" or self.device == "cpu":
             raise ValueError(
-                f"parallel.tp_comm_overlap=true is TransformerEngine's, on CUDA; layers={self.layers} and device={self.device} are set; leave it false"
+                f"parallel.tp_comm_overlap=true is TransformerEngine's, on CUDA; layers={self.layers} and device={self.device} are set; set it "
+                "to false"
             )
         return self
 
