@@ -1,11 +1,12 @@
 """Does training in FP8 follow training in bf16? Four layers of true 8B width, dense and hybrid, from one initialisation, on real text.
 
-    python tests/benchmarks/fp8_convergence.py --work DIR [--steps 1000] [--seq 4096] [--jobs MODEL:RUN ...]
+    python tests/benchmarks/fp8_convergence.py --work DIR [--steps 1000] [--seq 4096] [--warm-start 500] [--jobs MODEL:RUN ...]
 
-Real text: the source files of this Python's standard library, as bytes. The measure is the mean, over the last fifth of the steps, of the
-difference of two runs' losses: FP8 minus bf16, beside that of two bf16 runs which differ in the order of their data alone. A run whose scales are
-16 times too large, so that large values saturate, shows what the measure sees. Runs go to all GPUs in turn, one on each.
-tests/gpu/test_gpu_fp8.py holds the result.
+Real text: the source files of this Python's standard library, as bytes. The initialisation of all runs of a model: random weights after `warm-start`
+steps in bf16 (mid-training starts from a trained model, too; from random weights a run sits on a plateau for hundreds of steps, and when it leaves
+is chance, whatever the precision: --warm-start 0). The measure is the mean, over the last fifth of the steps, of the difference of two runs' losses:
+FP8 minus bf16, beside that of two bf16 runs which differ in the order of their data alone. A run whose scales are 16 times too large, so that large
+values saturate, shows what the measure sees. Runs go to all GPUs in turn, one on each. tests/gpu/test_gpu_fp8.py holds the result.
 """
 
 import argparse
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 VOCAB_SIZE = 512
 """bytes, padded to a size that FP8 layers would take"""
 FAULT = "delayed, scales 16 times too large"
+START = "start"
 RUNS: dict[str, tuple[list[str], int]] = {
     "bf16": ([], 1),
     "bf16, other order": ([], 2),
@@ -33,6 +35,7 @@ RUNS: dict[str, tuple[list[str], int]] = {
     "blockwise": (["fp8.recipe=blockwise"], 1),
     "tensorwise, ends in bf16": (["fp8.recipe=tensorwise", "fp8.bf16_layers_at_start=1", "fp8.bf16_layers_at_end=1"], 1),
     FAULT: (["fp8.recipe=delayed"], 1),
+    START: ([], 4),
 }
 """Name -> (overrides, seed of the data's order)."""
 
@@ -67,21 +70,27 @@ def write_inputs(work: Path, configs: dict[str, dict[str, Any]], tokens: int) ->
 
 
 def train(work: Path, model: str, name: str, steps: int, seq: int, lr: float) -> None:
-    """One run; writes its losses."""
+    """One run; writes its losses. The run called `start` writes the checkpoint that the others begin with."""
     from megatron_prism.config import load_recipe
     from megatron_prism.engine import loop
     from megatron_prism.engine import model as engine_model
     from megatron_prism.engine.recipe import TrainConfig
 
     overrides, seed = RUNS[name]
+    random = [f"model.hf_config={work}/{model}", f"model.tokenizer={work}/{model}"]
+    start = work / "runs" / model / START
     values = [
-        f"output={work}/runs/{model}/{name}", f"model.hf_config={work}/{model}", f"model.tokenizer={work}/{model}", f"optimizer.lr={lr}",
+        f"output={work}/runs/{model}/{name}", *([f"model.checkpoint={start}"] if start.exists() and name != START else random), f"optimizer.lr={lr}",
         f"data.blend={work}/text/order{seed}.toml", f"data.seq_len={seq}", f"steps={steps}", "global_batch=1", "schedule.warmup_steps=50",
     ]  # fmt: skip
     plain = engine_model._fp8_settings
     fault = {"fp8_margin": -4} if name == FAULT else {}
     with mock.patch.object(engine_model, "_fp8_settings", lambda *args: {**plain(*args), **fault}):
-        run = loop.build_run(load_recipe(None, [*values, *overrides], TrainConfig))
+        cfg = load_recipe(None, [*values, *overrides], TrainConfig)
+        if name == START:
+            loop.train(cfg)
+            return
+        run = loop.build_run(cfg)
     losses = [loop._step(run).loss for _ in range(steps)]
     run.close()
     target = work / "losses" / model / f"{name}.json"
@@ -128,7 +137,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--lr", type=float, default=1e-4)
-    everything = [f"{model}:{name}" for model in ("dense", "hybrid") for name in RUNS if name != FAULT or model == "dense"]
+    parser.add_argument("--warm-start", type=int, default=500, help="bf16 steps before all runs; 0: random weights")
+    everything = [f"{model}:{name}" for model in ("dense", "hybrid") for name in RUNS if name != START and (name != FAULT or model == "dense")]
     parser.add_argument("--jobs", nargs="+", default=everything, help=f"of: {'; '.join(everything)}")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -137,7 +147,11 @@ def main() -> None:
         return
     write_inputs(options.work, models(), options.steps * options.seq + 100_000)
     jobs = [(model, name) for model, name in (job.split(":") for job in options.jobs)]
-    run_all(options.work, jobs, options.steps, options.seq, options.lr, max(torch.cuda.device_count(), 1))
+    devices = max(torch.cuda.device_count(), 1)
+    if options.warm_start:
+        starts = [(model, START) for model in dict.fromkeys(model for model, _ in jobs)]
+        run_all(options.work, starts, options.warm_start, options.seq, options.lr, devices)
+    run_all(options.work, jobs, options.steps, options.seq, options.lr, devices)
     found = gaps(options.work)
     (options.work / "gaps.json").write_text(json.dumps(found, indent=2))
     for model, values in found.items():
