@@ -20,6 +20,8 @@ from megatron_prism.families.model_config import ModelConfig
 
 Component = Literal["embeddings", "attention", "mlp", "mamba", "norms", "lm_head"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+Trainable = Literal["all", "attention"]
+"""what a run trains: every weight, or attention's projections alone (the two variants of PRISM's 128k stage)"""
 _PARTS: dict[str, Component] = {
     "embedding.": "embeddings",
     "output_layer.": "lm_head",
