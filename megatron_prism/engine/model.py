@@ -234,7 +234,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, options: BuildOptions, de
     engine = uses_transformer_engine(options, device)
     config = TransformerConfig(
         **shape_settings(model),
-        softmax_scale=model.softmax_scale,
+        softmax_scale=model.attention_scale,
         init_method_std=model.init_method_std,
         hidden_dropout=options.hidden_dropout,
         attention_dropout=0.0,

@@ -20,6 +20,8 @@ def inverse_frequencies(model: ModelConfig) -> Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        return _yarn(model, scaling, exponents)
     assert scaling.kind == "llama3", scaling.kind
     return _llama3(frequencies, scaling)
 
@@ -34,6 +36,23 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     mixed = (1 - share_kept) * stretched / scaling.factor + share_kept * stretched
     between = (wavelengths >= shortest) & (wavelengths <= longest)
     return torch.where(between, mixed, stretched)
+
+
+def _yarn(model: ModelConfig, scaling: RopeScaling, exponents: Tensor) -> Tensor:
+    """Channels that turn often are kept, those that turn seldom stretched by `factor`, with a ramp between (operations in transformers' order)."""
+    size, wavelengths = model.kv_channels, model.rotary_base**exponents
+
+    def channel(turns: float) -> float:
+        """Where a wave turns this often in the original length."""
+        return size * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(model.rotary_base))
+
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (torch.arange(size // 2, dtype=torch.float32, device="cpu") - low) / (high - low if high != low else 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 class OneTable(RotaryEmbedding):

@@ -12,14 +12,20 @@ class RopeScaling:
     """How the inverse frequencies of rotary embeddings are stretched (transformers' `modeling_rope_utils`).
 
     kind "llama3": wavelengths beyond original_max_position_embeddings / low_freq_factor are divided by `factor`, those below
-    original_max_position_embeddings / high_freq_factor kept, those between interpolated. kind "linear": all divided by `factor`.
+    original_max_position_embeddings / high_freq_factor kept, those between interpolated. kind "linear": all divided by `factor`. kind "yarn"
+    (Peng et al. 2023, arXiv 2309.00071): waves that turn beta_fast times in original_max_position_embeddings are kept, those that turn beta_slow times
+    divided by `factor`, a ramp over the channels between (its ends whole channels if `truncate`); queries and keys grow by attention_factor.
     """
 
-    kind: Literal["llama3", "linear"]
+    kind: Literal["llama3", "linear", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,14 @@ class ModelConfig:
     layers_per_block: int = 1
     """megatron-core layers that make up one layer of the Hugging Face model"""
     mamba: MambaConfig | None = None
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor of q k^T, with that of YaRN on both of them; None: kv_channels ** -0.5."""
+        turned = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
+        if turned == 1.0:
+            return self.softmax_scale
+        return (self.kv_channels**-0.5 if self.softmax_scale is None else self.softmax_scale) * turned**2
 
     @property
     def is_hybrid(self) -> bool:

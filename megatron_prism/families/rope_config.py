@@ -3,6 +3,7 @@
 Owns: reading either into (rotary base, RopeScaling or None). Refuses: kinds and options that the engine has no frequencies for, by name.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +15,11 @@ OPTIONS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """rope type -> the options that it needs, all of them"""
+OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
+"""rope type -> those that it may have"""
 
 
 def read_rope(config: Mapping[str, Any], default_base: float) -> tuple[float, RopeScaling | None]:
@@ -42,9 +46,10 @@ def read_rope(config: Mapping[str, Any], default_base: float) -> tuple[float, Ro
     missing = [name for name in OPTIONS[kind] if block.get(name) is None]
     if missing:
         raise UserError(f"rope_type={kind!r} needs {', '.join(missing)} in the config's rope options")
-    unknown = sorted(name for name, value in block.items() if name not in OPTIONS[kind] and value is not None)
+    known = (*OPTIONS[kind], *OPTIONAL.get(kind, ()))
+    unknown = sorted(name for name, value in block.items() if name not in known and value is not None)
     if unknown and kind != "default":
-        raise UserError(f"rope option {', '.join(unknown)} of rope_type={kind!r} is not supported; known: {', '.join(OPTIONS[kind])}")
+        raise UserError(f"rope option {', '.join(unknown)} of rope_type={kind!r} is not supported; known: {', '.join(known)}")
     return base, None if kind == "default" else _scaling(kind, block)
 
 
@@ -62,7 +67,20 @@ def _scaling(kind: Any, block: Mapping[str, Any]) -> RopeScaling:
     options: dict[str, Any] = {name: _number(name, block[name]) for name in OPTIONS[kind]}
     if "original_max_position_embeddings" in options:
         options["original_max_position_embeddings"] = int(options["original_max_position_embeddings"])
-    return RopeScaling(kind=kind, **options)
+    return RopeScaling(kind=kind, **options, **(_yarn_options(block) if kind == "yarn" else {}))
+
+
+def _yarn_options(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of yarn with transformers' defaults; two `mscale` stand for an attention factor."""
+    given = {name: _number(name, block[name]) for name in OPTIONAL["yarn"][:-1] if block.get(name)}
+    factor, mscale, of_all = block["factor"], given.pop("mscale", 0.0), given.pop("mscale_all_dim", 0.0)
+    inferred = _temperature(factor, mscale) / _temperature(factor, of_all) if mscale and of_all else _temperature(factor)
+    return {"attention_factor": inferred, "truncate": block.get("truncate", True) is not False, **given}
+
+
+def _temperature(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's factor of queries and keys (arXiv 2309.00071, equation 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _number(name: str, value: Any) -> float:

@@ -9,6 +9,7 @@ from megatron_prism.engine import device
 from megatron_prism.engine.rope import OneTable, inverse_frequencies
 from megatron_prism.families.llama import LLAMA
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 CASES = [
     {"rope_theta": 10_000.0},
     {"rope_theta": 500_000.0},
@@ -16,6 +17,11 @@ CASES = [
     {"rope_theta": 500_000.0, **LLAMA3},
     {"rope_theta": 500_000.0, **LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
     {"rope_theta": 500_000.0, **LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 8.0},
+    {"rope_theta": 10_000.0, **YARN},
+    {"rope_theta": 1_000_000.0, **YARN, "factor": 16.0, "original_max_position_embeddings": 8192},
+    {"rope_theta": 10_000.0, **YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.5},
+    {"rope_theta": 10_000.0, **YARN, "mscale": 0.7, "mscale_all_dim": 0.3},
+    {"rope_theta": 10_000.0, **YARN, "original_max_position_embeddings": 7, "beta_fast": 1.2},
 ]
 
 
@@ -26,10 +32,13 @@ def test_frequencies_equal_those_of_a_transformers_model(rope, head_dim):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = LlamaConfig(**{**BASE, "head_dim": head_dim, "rope_parameters": {"rope_type": "default", **rope}})
-    reference = LlamaRotaryEmbedding(config).inv_freq
-    ours = inverse_frequencies(LLAMA.model_config({"model_type": "llama", **BASE, "head_dim": head_dim, "rope_parameters": rope}))
+    reference = LlamaRotaryEmbedding(config)
+    model = LLAMA.model_config({"model_type": "llama", **BASE, "head_dim": head_dim, "rope_parameters": rope})
+    ours = inverse_frequencies(model)
     assert ours.dtype == torch.float32
-    assert torch.equal(ours, reference)
+    assert torch.equal(ours, reference.inv_freq)
+    # transformers multiplies queries and keys, we their product
+    assert (model.attention_scale or head_dim**-0.5) == pytest.approx(head_dim**-0.5 * reference.attention_scaling**2, rel=1e-12)
 
 
 def test_tables_of_all_lengths_are_heads_of_one():
