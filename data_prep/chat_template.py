@@ -5,6 +5,9 @@ the turns up to it adds to that of the turns before with the generation prompt, 
 is true only of templates for which the rendering of a prefix is a prefix of the rendering (the prefix rule): others, such as those that take the
 thoughts out of earlier answers, are refused by that name. Text and marks are transformers' (`apply_chat_template`).
 
+A text that ends with the end of document ends there: white space that a template writes behind it (ChatML's line break) is left out, or the document
+would end twice. All other text is transformers'.
+
 Owns: rendering and marking. Refuses: templates without a rule for the marks, and templates that write today's date. Imports transformers when it is
 used: in workers and in a process of its own, never in the caller.
 """
@@ -28,11 +31,15 @@ Turns = Sequence[dict[str, str]]
 
 
 class Template(NamedTuple):
-    """A chat template with all that it is given besides the turns. Plain values: it travels to the workers with every chunk."""
+    """A chat template with all that it is given besides the turns. Plain values: it travels to the workers with every chunk.
+
+    end: the end of document, as texts hold it.
+    """
 
     source: str
     special_tokens: dict[str, Any]
     arguments: dict[str, Any]
+    end: str | None = None
 
     @property
     def marks_answers(self) -> bool:
@@ -45,9 +52,15 @@ class Template(NamedTuple):
         Errors: BadRecordError where the template refuses the turns, or the prefix rule does not hold for them.
         """
         if self.marks_answers:
-            return self._rendered(turns, marks=True)
+            return self._ended(self._rendered(turns, marks=True))
         text = self._rendered(turns).text
-        return Marked(text, tuple(self._by_prefixes(turns, text)))
+        return self._ended(Marked(text, tuple(self._by_prefixes(turns, text))))
+
+    def _ended(self, marked: Marked) -> Marked:
+        text = marked.text.rstrip()
+        if self.end is None or not text.endswith(self.end):
+            return marked
+        return Marked(text, tuple((begin, min(end, len(text))) for begin, end in marked.answers or () if begin < len(text)))
 
     def _by_prefixes(self, turns: Turns, text: str) -> list[tuple[int, int]]:
         found = []

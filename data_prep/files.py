@@ -60,6 +60,24 @@ def forget(pattern: str) -> None:
             _system(pattern)[0].invalidate_cache()
 
 
+def is_changed(path: str, size: int, known: str) -> bool:
+    """Whether a file is another one now than that of this size and fingerprint. Stores are asked anew."""
+    forget(path)
+    return _size(path) != size or fingerprint(path, size) != known
+
+
+def _size(path: str) -> int | None:
+    """The bytes of a file; None where there is none."""
+    if not is_url(path):
+        return Path(path).stat().st_size if Path(path).is_file() else None
+    with _reading(path):
+        system, name = _system(path)
+        try:
+            return int(system.info(name)["size"])
+        except FileNotFoundError:
+            return None
+
+
 def _local(path: Path) -> Found:
     return Found(str(path), path.stat().st_size)
 

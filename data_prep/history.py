@@ -26,6 +26,9 @@ Table = dict[str, Any]
 
 OnChange = Literal["refuse", "replan"]
 
+SMALLEST_SHARE = 1e-100
+"""Far below one sample in any run, far above where due times leave the numbers."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -42,8 +45,16 @@ class Schedule:
         for name, weight in zip(names, weights, strict=True):
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(f"the weight of source {name!r} is {weight}, it must be a positive number; leave the source out to switch it off")
-        total = math.fsum(float(weight) for weight in weights)
+        try:
+            total = math.fsum(float(weight) for weight in weights)
+        except OverflowError:
+            raise UserError(f"the weights {list(weights)} sum to more than a number holds; divide all of them by one number") from None
         self.weights = np.array([float(weight) / total for weight in weights])
+        for name, weight in zip(names, self.weights.tolist(), strict=True):
+            if weight < SMALLEST_SHARE:
+                raise UserError(
+                    f"source {name!r} has a share of {weight:.3g} of the samples, and would never be served; leave it out or raise its weight"
+                )
 
     def counts(self, num_samples: int) -> Int64:
         """How many of the first `num_samples` samples come from each source: exact, shape [sources], in the time of one window."""

@@ -82,17 +82,18 @@ def list_inputs(source: SourceConfig) -> list[Input]:
     return [_file_input(file, source) for file in found]
 
 
-def list_anew(source: SourceConfig) -> list[Input]:
-    """The same, whatever stores said before in this process."""
-    for pattern in source.paths:
-        files.forget(pattern)
-    return list_inputs(source)
-
-
 def fingerprinted(found: Sequence[Input]) -> list[Input]:
     """The same inputs with fingerprints."""
     with ThreadPoolExecutor(max_workers=8) as pool:  # reading a few blocks of many files is all waiting
         return list(pool.map(lambda each: each if each.fingerprint else each._replace(fingerprint=files.fingerprint(each.path, each.bytes)), found))
+
+
+def changed(found: Sequence[Input]) -> list[str]:
+    """The files that are others now than their fingerprints say, whatever stores said before in this process."""
+    listed = [each for each in found if each.kind != "function"]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        verdicts = list(pool.map(lambda each: files.is_changed(each.path, each.bytes, each.fingerprint), listed))
+    return [each.path for each, is_changed in zip(listed, verdicts, strict=True) if is_changed]
 
 
 def _expand(pattern: str, source: SourceConfig) -> list[Found]:
@@ -274,7 +275,7 @@ def _open_parquet(found: Input, source: SourceConfig) -> Any:
     try:
         file = pq.ParquetFile(files.open_table(found.path), pre_buffer=False, buffer_size=CHUNK_BYTES)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{found.path} is no readable parquet file ({error}); fetch it again") from None
+        raise UserError(f"{found.path} is no readable parquet file ({_one_line(error)}); fetch it again") from None
     for column in source.columns:
         _check_column(found, file.schema_arrow, column, column in source.text_columns)
     return file
@@ -291,12 +292,27 @@ def _parquet_rows(found: Input, offset: int, source: SourceConfig) -> Iterator[t
             continue
         row_bytes = max(1, file.metadata.row_group(group).total_byte_size // max(1, rows))
         batch_rows = max(1, min(PARQUET_BATCH_ROWS, PARQUET_BATCH_BYTES // row_bytes))
-        for batch in file.iter_batches(batch_rows, row_groups=[group], columns=source.columns):
+        for batch in _batches(found, file, group, batch_rows, source.columns):
             values = [_values(batch.column(column)) for column in source.columns]
             for record in zip(*values, strict=True):
                 row += 1
                 if row > offset:
                     yield (dict(zip(source.columns, record, strict=True)), sum(map(_size, record)), row / total)
+
+
+def _batches(found: Input, file: Any, group: int, rows: int, columns: list[str]) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        yield from file.iter_batches(rows, row_groups=[group], columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{found.path} cannot be read in row group {group} ({_one_line(error)}): it is damaged, or was changed; fetch it again"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _values(column: Any) -> list[Any]:
@@ -307,7 +323,10 @@ def _values(column: Any) -> list[Any]:
 
 
 def _size(value: Any) -> int:
-    if isinstance(value, bytes | str):
+    """The bytes of its texts, in UTF-8."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes):
         return len(value)
     if isinstance(value, list | dict):
         return sum(map(_size, value.values() if isinstance(value, dict) else value))
@@ -352,9 +371,10 @@ def _function(source: SourceConfig, number: int, offset: int, digest: str | None
         if place <= offset:
             _check_digest(source, place == offset, hasher.hexdigest(), digest)
             continue
-        fits = len(text) <= source.max_record_bytes
-        records.append(record if fits else Oversized(len(text)))
-        size += len(text) if fits else 0
+        record_bytes = _size(record)
+        fits = record_bytes <= source.max_record_bytes
+        records.append(record if fits else Oversized(record_bytes))
+        size += record_bytes if fits else 0
         if size >= CHUNK_BYTES or len(records) >= CHUNK_RECORDS:
             yield Chunk(Position(number, start), Position(number, place), "records", records, 0, hasher.hexdigest())
             start, records, size = place, [], 0

@@ -167,6 +167,14 @@ class PartJournal:
         """Record a finished unit, on disk before it returns."""
         self._append(asdict(unit))
 
+    def forget(self, units: int) -> None:
+        """Under the lock: the part is as if it had not been begun."""
+        os.truncate(self._path, 0)  # the file stays: it is the lock
+        for unit in range(units):
+            for kind in ("bin", "idx", "mask"):
+                prefix = self.held_out_prefix(unit)
+                prefix.with_name(f"{prefix.name}.{kind}{HELD_OUT_SUFFIX}").unlink(missing_ok=True)
+
     def _append(self, content: dict[str, Any]) -> None:
         with self._path.open("ab") as file:
             file.write(json.dumps(content).encode() + b"\n")

@@ -19,8 +19,13 @@ def answers_alone(source: BlendSource, loss: Loss) -> bool:
 def check(sources: Sequence[BlendSource], manifests: Sequence[Manifest], loss: Loss) -> None:
     """Errors: UserError naming the sources that are to teach answers and have none marked, and the ways out."""
     pairs = [(source, manifest) for source, manifest in zip(sources, manifests, strict=True) if answers_alone(source, loss)]
-    unknown = [source.name for source, manifest in pairs if manifest.num_answers is None]
-    if unknown:
+    if adopted := [source.name for source, manifest in pairs if manifest.num_answers is None and manifest.adopted]:
+        raise UserError(
+            f"the loss of {', '.join(adopted)} is to count answers alone, and adopted shards (prism adopt) have no answer masks: a .bin does not say "
+            "which tokens are answers; make the source from its text with prism prep (messages, or format with answers: docs/sft.md), or set "
+            "loss = 'all' for it in blend.toml, or data.loss='all'"
+        )
+    if unknown := [source.name for source, manifest in pairs if manifest.num_answers is None]:
         raise UserError(
             f"the loss of {', '.join(unknown)} is to count answers alone, and nobody marked them when the shards were made; prepare the source again "
             "(messages, or format with answers: docs/sft.md), or set loss = 'all' for it in blend.toml, or data.loss='all'"

@@ -6,12 +6,13 @@ Owns: the file. Refuses nothing but blocks that changed: they are compared with 
 """
 
 import os
-import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from megatron_prism import artifact
 from megatron_prism.data_prep.answers import Bits
 from megatron_prism.data_prep.manifest import BlockHasher, Manifest, Mask, ReadCheck
 from megatron_prism.data_prep.shards import mask_path
@@ -23,7 +24,7 @@ class MaskWriter:
     """One mask in a stream, under a temporary name until `finish`."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f".{path.name.removesuffix('.tmp')}.{uuid.uuid4().hex[:8]}.tmp")
+        self.path, self.temporary = path, artifact.temporary_of(path)
         self._file = self.temporary.open("wb")
         self._hasher = BlockHasher()
         self._rest: Bits = np.zeros(0, dtype=bool)
@@ -48,7 +49,8 @@ class MaskWriter:
 
     def discard(self) -> None:
         """Give the mask up."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
         self.temporary.unlink(missing_ok=True)
 
     def _write(self, bits: Bits) -> None:

@@ -18,7 +18,7 @@ from megatron_prism.data_prep.manifest import Manifest, Shard, write_manifest
 from megatron_prism.data_prep.parts import Part
 from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
 from megatron_prism.data_prep.shards import token_dtype
-from megatron_prism.data_prep.source_writer import added
+from megatron_prism.data_prep.source_writer import added, check_unit
 from megatron_prism.data_prep.tokenizer import Tokenizer
 from megatron_prism.data_prep.writer import ShardWriter
 from megatron_prism.errors import UserError
@@ -66,8 +66,10 @@ class Merger:
         self.total = total([unit.progress for _, _, unit in self.units if unit.progress.finished], config.bad_samples)
 
     def merge(self) -> SourceReport:
-        """Write both manifests and the report. Errors: UserError for a source without documents to train on."""
+        """Write both manifests and the report. Errors: UserError for a source without documents to train on, and for shards that are not whole."""
         check_documents(self.source.name, self.total)
+        for journal, number, unit in self.units:
+            check_unit(self.folder, journal, number, unit)
         train = self._manifest("train", [unit.train for _, _, unit in self.units if unit.train], sum(unit.train_text_bytes for unit in self._all()))
         if not train.shards:
             raise UserError(f"source {self.source.name!r}: all {self.total.documents} documents were held out; lower validation_fraction")
@@ -105,7 +107,7 @@ class Merger:
                 continue
             if writer is None:
                 writer = ShardWriter(self.folder / "validation" / f"shard_{len(shards):05d}", self.dtype)
-            writer.copy(journal.held_out_prefix(number), HELD_OUT_SUFFIX, unit.held_out_text_bytes, unit.held_out.mask is not None)
+            writer.copy(journal.held_out_prefix(number), HELD_OUT_SUFFIX, unit.held_out_text_bytes, unit.held_out)
             if writer.text_bytes >= self.config.shard_bytes:
                 shards.append(writer.finish())
                 writer = None

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from megatron_prism import artifact
 from megatron_prism.data_prep import chat_template, inputs, merge, worker
 from megatron_prism.data_prep.cleaning import prepass
 from megatron_prism.data_prep.cleaning.prepass import Cleaner
+from megatron_prism.data_prep.files import is_url
 from megatron_prism.data_prep.inputs import Chunk, Input
 from megatron_prism.data_prep.journal import Journal
 from megatron_prism.data_prep.manifest import BLOCK_BYTES, load_manifest
 from megatron_prism.data_prep.merge import SourceReport
-from megatron_prism.data_prep.parts import ALONE, Place, cut_all, share
+from megatron_prism.data_prep.parts import ALONE, Part, Place, cut_all, share
 from megatron_prism.data_prep.progress import Reporter
 from megatron_prism.data_prep.settings import PrepConfig
 from megatron_prism.data_prep.source_writer import SourceWriter
@@ -40,8 +41,8 @@ from megatron_prism.errors import UserError
 
 CHUNKS_AHEAD_PER_WORKER = 4
 """So many wait while one worker has a huge document; each holds about a MiB."""
-FORMAT_VERSION = 2
-"""Of how inputs are cut. 1: sources were not cut into parts."""
+FORMAT_VERSION = 3
+"""Of how inputs are cut. 1: sources were not cut into parts; 2: records of functions were measured in characters."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class Result:
 
 
 def find_all_inputs(config: PrepConfig) -> dict[str, list[Input]]:
-    """The inputs of every source; files are not read, and have no fingerprints."""
+    """The inputs of every source; files are not read, and have no fingerprints. Errors: UserError for an output inside a source's folder."""
+    for source in config.source:
+        for path in source.paths:
+            if not is_url(path) and config.output.resolve().is_relative_to(Path(path).expanduser().resolve()):
+                raise UserError(f"output={config.output} lies inside {path} of source {source.name!r}, which would read it; choose another place")
     return {source.name: inputs.list_inputs(source) for source in config.source}
 
 
@@ -107,20 +112,12 @@ def prepare(config: PrepConfig, place: Place = ALONE) -> Result:
         work.load_tokenizer(Path(staging))
         with work.alone():
             if place.world > 1 and artifact.is_complete(config.output):
-                work.journal.remove()  # the lock that this process made anew
                 return Result((), 0, 0, 0.0, 0.0, 0.0, 0.0)
             work.begin(Path(staging))
     seconds, reporter = work.tokenise()
     rates = (seconds, reporter.documents / seconds, reporter.text_bytes / seconds / 1e6, reporter.tokens / seconds)
-    reports: tuple[SourceReport, ...] = ()
     with work.alone():  # nobody begins while the output becomes complete
-        missing = 0 if artifact.is_complete(config.output) else merge.unfinished(work.journal, work.all_parts)
-        if not missing and not artifact.is_complete(config.output):
-            reports = work.merge()
-            if place.world > 1:
-                finish(config)
-        elif not missing:
-            work.journal.remove()  # another process was last: the lock that this one made anew
+        reports, missing = work.join()
     return Result(reports, len(work.mine), missing, *rates)
 
 
@@ -140,9 +137,18 @@ class _Work:
             inputs.check_tables(sources[part.source], files)
             self.found[part.source][part.first : part.last] = files
 
-    def alone(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
         """To begin and to join, which one process does at a time; a process alone holds the whole output."""
-        return self.journal.lock_of("begin") if self.place.world > 1 else nullcontext()
+        if self.place.world == 1:
+            yield
+            return
+        with self.journal.lock_of("begin"):
+            try:
+                yield
+            finally:
+                if artifact.is_complete(self.config.output):
+                    self.journal.remove()  # with the lock, which one who comes after the end makes anew
 
     def load_tokenizer(self, staging: Path) -> None:
         """The tokenizer, and a copy of its files."""
@@ -160,33 +166,26 @@ class _Work:
         artifact.begin(self.config.output, "prep", self.config)
         self.journal.claim(run)
         if self.place.world == 1:
-            _remove_leftovers(self.config.output, ".*.tmp")
+            _remove_leftovers(self.config.output)
         _copy_tokenizer(staging, Path(self.tokenizer.folder))
 
     def tokenise(self) -> tuple[float, Reporter]:
         """Do the parts that are this process's; seconds, and what was done in them."""
         cleaner = Cleaner(self.config, self.found, self.tokenizer)
         cleaner.run(self.workers)
-        self._check_unchanged()
+        if _needs_scan(self.config):
+            self._check_unchanged(self.mine, "since cleaning read all documents, and its verdicts would meet others;")
         with Reporter(sum(part.bytes for part in self.mine), self.resumed) as reporter:
             started = time.perf_counter()
             self._tokenise_all(cleaner, reporter)
             return max(time.perf_counter() - started, 1e-9), reporter
 
-    def _check_unchanged(self) -> None:
-        """After hours of a pre-pass: the files are those that it read. Errors: UserError naming those that are not."""
-        if not _needs_scan(self.config):
-            return
-        changed = []
-        for source in self.config.source:
-            before = {file.path: file for part in self.mine if part.source == source.name for file in self.found[part.source][part.first : part.last]}
-            now = inputs.fingerprinted([file for file in inputs.list_anew(source) if file.path in before])
-            changed += sorted({file.path for file in {*before.values()} ^ {*now}})
+    def _check_unchanged(self, parts: list[Part], when: str) -> None:
+        """The files of parts are those that this run began with. Errors: UserError naming others. when: in words."""
+        changed = [path for part in parts for path in inputs.changed(self.found[part.source][part.first : part.last])]
         if changed:
-            raise UserError(
-                f"{', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''} changed since cleaning read all documents, and its verdicts would "
-                f"meet others; delete {self.config.output} and start again"
-            )
+            named = f"{', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
+            raise UserError(f"{named} changed {when} remove {self.config.output} and start again")
 
     def _tokenise_all(self, cleaner: Cleaner, reporter: Reporter) -> None:
         for writer in self.writers:
@@ -198,8 +197,7 @@ class _Work:
             with _pool(self.workers, self.tokenizer) as pool, closing(_in_order(pool, _tasks(unfinished), self.workers, cleaner)) as results:
                 for writer, chunk, result in results:
                     if result is None:
-                        writer.finish()
-                        self._check_documents(writer.source.name)
+                        self._finish(writer)
                     else:
                         writer.add(chunk, result)
                         reporter.advance(chunk.input_bytes, len(result.lengths), len(result.tokens), int(result.text_bytes.sum()))
@@ -209,15 +207,36 @@ class _Work:
             for writer in self.writers:
                 writer.discard()
 
+    def _finish(self, writer: SourceWriter) -> None:
+        """Close a part of which all is read; what was made of files that changed meanwhile is forgotten first."""
+        try:
+            self._check_unchanged([writer.part], "while they were read; undo that and run again (their part is made anew), or")
+        except UserError:
+            writer.forget()
+            raise
+        writer.finish()
+        self._check_documents(writer.source.name)
+
     def _check_documents(self, source: str) -> None:
         """As soon as all parts of a source are finished here: hours of the next ones are not worth it without this one."""
         writers = [writer for writer in self.writers if writer.source.name == source]
         if len(writers) == writers[0].part.of and all(writer.progress.finished for writer in writers):
             merge.check_documents(source, merge.total([writer.progress for writer in writers], 0))
 
-    def merge(self) -> tuple[SourceReport, ...]:
+    def join(self) -> tuple[tuple[SourceReport, ...], int]:
+        """Join all parts, if that is this process's to do; the reports, and how many parts are missing."""
+        if artifact.is_complete(self.config.output):  # another process was last
+            return (), 0
+        if missing := merge.unfinished(self.journal, self.all_parts):
+            return (), missing
+        reports = self._merge()
+        if self.place.world > 1:
+            finish(self.config)
+        return reports, 0
+
+    def _merge(self) -> tuple[SourceReport, ...]:
         """Join the parts of every source; all are finished."""
-        _remove_leftovers(self.config.output, ".*.bin.tmp")
+        _remove_leftovers(self.config.output)
         reports = []
         for source in self.config.source:
             parts = [part for part in self.all_parts if part.source == source.name]
@@ -226,10 +245,10 @@ class _Work:
         return tuple(reports)
 
 
-def _remove_leftovers(output: Path, pattern: str) -> None:
-    """Files that killed runs were writing."""
-    for leftover in output.rglob(pattern):
-        leftover.unlink()
+def _remove_leftovers(output: Path) -> None:
+    """Files that killed runs were writing (`artifact.temporary_of`)."""
+    for leftover in output.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _copy_tokenizer(staging: Path, folder: Path) -> None:

@@ -12,7 +12,8 @@ from megatron_prism.data_prep.formats import PLACEHOLDER
 from megatron_prism.data_prep.sources.recipe import STREAM, DatasetConfig, TextConfig, source_columns, with_recipe
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED_NAMES = ("tokenizer",)
+RESERVED_NAMES = ("tokenizer", "blend.toml", "cleaning.json", "config.toml", "provenance.json", "complete")
+"""What else lies in an output, where letters may count in one case alone."""
 
 
 class FilterConfig(Block):
@@ -128,7 +129,7 @@ class SourceConfig(TextConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "SourceConfig":
-        if not SOURCE_NAME.fullmatch(self.name) or self.name in RESERVED_NAMES:
+        if not SOURCE_NAME.fullmatch(self.name) or self.name.lower() in RESERVED_NAMES:
             raise ValueError(f"source name {self.name!r} becomes a folder: use letters, digits, '.', '_', '-', and not {RESERVED_NAMES}")
         if bool(self.paths) == (self.function is not None):
             raise ValueError(f"source {self.name!r} needs either paths or function, and not both")

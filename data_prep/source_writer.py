@@ -9,6 +9,7 @@ Owns: the held-out split, unit boundaries, counting. Refuses: bad records where 
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_prism import artifact
 from megatron_prism.data_prep.held_out import held_out
 from megatron_prism.data_prep.inputs import Chunk, Input
-from megatron_prism.data_prep.journal import HELD_OUT_SUFFIX, Journal, Progress, Unit
+from megatron_prism.data_prep.journal import HELD_OUT_SUFFIX, Journal, PartJournal, Progress, Unit
 from megatron_prism.data_prep.manifest import Shard, check_size
 from megatron_prism.data_prep.parts import Part
 from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
@@ -47,15 +48,7 @@ class SourceWriter:
         self.units = self.journal.units()
         self.progress = self.units[-1].progress if self.units else Progress(self.part.start)
         for number, unit in enumerate(self.units):
-            if unit.train is not None:
-                prefix = self.folder / "train" / unit.train.name
-                check_size(bin_path(prefix), unit.train.bin_bytes)
-                check_size(idx_path(prefix), unit.train.idx_bytes)
-                if unit.train.mask is not None:
-                    check_size(mask_path(prefix), -(-unit.train.tokens // 8))
-            if unit.held_out is not None:
-                prefix = self.journal.held_out_prefix(number)
-                check_size(prefix.with_name(f"{prefix.name}.bin{HELD_OUT_SUFFIX}"), unit.held_out.bin_bytes)
+            check_unit(self.folder, self.journal, number, unit)
 
     def _fingerprints(self) -> dict[str, str]:
         return {found.path: found.fingerprint for found in self.inputs[self.part.first : self.part.last]}
@@ -128,11 +121,32 @@ class SourceWriter:
         self.units.append(unit)
         self._writers = {}
 
+    def forget(self) -> None:
+        """Undo what is finished of the part: the next run makes all of it anew."""
+        prefixes = [self.folder / "train" / unit.train.name for unit in self.units if unit.train is not None]
+        self.journal.forget(len(self.units))
+        for prefix in prefixes:
+            for path in (bin_path(prefix), idx_path(prefix), mask_path(prefix)):
+                path.unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Give up the shards that are not finished; a later run makes them again."""
         for writer in self._writers.values():
             writer.discard()
         self._held.close()
+
+
+def check_unit(folder: Path, journal: PartJournal, number: int, unit: Unit) -> None:
+    """Errors: UserError for a finished shard of the unit that is not there any more, or not whole. folder: of the source."""
+    if unit.train is not None:
+        prefix = folder / "train" / unit.train.name
+        check_size(bin_path(prefix), unit.train.bin_bytes)
+        check_size(idx_path(prefix), unit.train.idx_bytes)
+        if unit.train.mask is not None:
+            check_size(mask_path(prefix), -(-unit.train.tokens // 8))
+    if unit.held_out is not None:
+        prefix = journal.held_out_prefix(number)
+        check_size(prefix.with_name(f"{prefix.name}.bin{HELD_OUT_SUFFIX}"), unit.held_out.bin_bytes)
 
 
 def added(before: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:

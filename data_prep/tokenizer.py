@@ -35,6 +35,7 @@ class Tokenizer(NamedTuple):
     """What a worker needs. backend: the `tokenizers` serialisation, or None where only transformers can run it, from `folder`.
 
     hash: of what decides ids: vocabulary, end-of-document id and the ids of probe texts; the same for one tokenizer saved in two ways.
+    end_text: the end-of-document token as texts hold it.
     faster: encode with `backends`, which was seen to give the same ids.
     chat_template: jinja, where it has one; special_tokens: by role (bos_token, ...), as templates name them.
     """
@@ -47,6 +48,7 @@ class Tokenizer(NamedTuple):
     chat_template: str | None = None
     special_tokens: dict[str, Any] | None = None
     faster: bool = False
+    end_text: str | None = None
 
 
 def prepare_tokenizer(source: Path, target: Path, end_of_document: str | None = None) -> Tokenizer:
@@ -83,7 +85,7 @@ def _prepare(source: Path, target: Path, end_of_document: str | None) -> Tokeniz
         _copy_files(_tokenizer_folder(source), target)
     loaded = load_auto(target)
     backend = getattr(loaded, "backend_tokenizer", None)
-    end = _end_of_document(loaded, source, end_of_document)
+    end, end_text = _end_of_document(loaded, source, end_of_document)
     ids = [loaded(text, add_special_tokens=False)["input_ids"] for text in (*sentencepiece_model.PROBES, *sentencepiece_model.SPACE_FIRST_PROBES)]
     vocabulary = loaded.get_vocab()
     content = json.dumps([sorted(vocabulary.items()), end, ids])
@@ -95,6 +97,7 @@ def _prepare(source: Path, target: Path, end_of_document: str | None) -> Tokeniz
         end_of_document=end,
         chat_template=loaded.get_chat_template() if loaded.chat_template else None,
         special_tokens=dict(loaded.special_tokens_map),
+        end_text=end_text,
     )
 
 
@@ -124,14 +127,14 @@ def _copy_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _end_of_document(loaded: Any, source: Path, token: str | None) -> int:
+def _end_of_document(loaded: Any, source: Path, token: str | None) -> tuple[int, str]:
     token = token if token is not None else loaded.eos_token
     if token is None:
         raise UserError(f"tokenizer={source} has no end-of-sequence token; set end_of_document to one of its tokens")
     vocabulary = loaded.get_vocab()
     if token not in vocabulary:
         raise UserError(f"end_of_document={token!r} is no token of {source}; choose one of its tokens, such as {loaded.eos_token!r}")
-    return int(vocabulary[token])
+    return int(vocabulary[token]), str(token)
 
 
 def limit_threads() -> None:

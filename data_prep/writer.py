@@ -1,11 +1,11 @@
 """Writing shards in a stream: a .bin of any size in constant memory (but for the document lengths), and its .idx.
 
-Owns: one shard from its first token to its place on disk. Refuses nothing; what it is given is checked before.
+Owns: one shard from its first token to its place on disk. Refuses shards to copy that changed; else what it is given is checked before.
 """
 
 import hashlib
 import os
-import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_prism import artifact
 from megatron_prism.data_prep.manifest import BlockHasher, Shard
 from megatron_prism.data_prep.masks import Bits, MaskWriter, read_whole
 from megatron_prism.data_prep.shards import index_bytes, read_index
+from megatron_prism.errors import UserError
 
 COPY_BYTES = 1 << 22
 
@@ -31,7 +32,7 @@ class ShardWriter:
         self.prefix, self.dtype, self.suffix = prefix, np.dtype(dtype), suffix
         self.text_bytes = 0
         # a name of its own: where locks do not work, two processes may join the same parts at once
-        self._temporary = prefix.with_name(f".{prefix.name}.{uuid.uuid4().hex[:8]}.bin.tmp")
+        self._temporary = artifact.temporary_of(self._path("bin"))
         self._file = self._temporary.open("wb")
         self._lengths: list[NDArray[np.int32]] = []
         self._hasher = BlockHasher()
@@ -71,17 +72,23 @@ class ShardWriter:
         digest = hashlib.sha256(index).hexdigest()
         return Shard(self.prefix.name, len(lengths), size // self.dtype.itemsize, size, len(index), digest, self._hasher.blocks(), mask)
 
-    def copy(self, prefix: Path, suffix: str, text_bytes: int, masked: bool = False) -> None:
-        """Append all documents of another shard; masked: with its mask."""
-        lengths = read_index(prefix.with_name(f"{prefix.name}.idx{suffix}")).lengths
-        if masked:
-            for answers in read_whole(prefix.with_name(f"{prefix.name}.mask{suffix}"), int(lengths.sum(dtype=np.int64))):
+    def copy(self, prefix: Path, suffix: str, text_bytes: int, known: Shard) -> None:
+        """Append all documents of another shard. known: what was written there. Errors: UserError naming a file that changed since."""
+        index, mask, data = (prefix.with_name(f"{prefix.name}.{kind}{suffix}") for kind in ("idx", "mask", "bin"))
+        _check(index, hashlib.sha256(index.read_bytes()).hexdigest() == known.idx_sha256)
+        lengths = read_index(index).lengths
+        if known.mask is not None:
+            _check(mask, _blocks_of(mask) == known.mask.blocks)
+            for answers in read_whole(mask, known.tokens):
                 self._add_answers(answers)
         self._lengths.append(lengths)
-        with prefix.with_name(f"{prefix.name}.bin{suffix}").open("rb") as file:
-            while data := file.read(COPY_BYTES):
-                self._file.write(data)
-                self._hasher.update(data)
+        hasher = BlockHasher()
+        with data.open("rb") as file:
+            while part := file.read(COPY_BYTES):
+                self._file.write(part)
+                self._hasher.update(part)
+                hasher.update(part)
+        _check(data, hasher.blocks() == known.blocks)
         self.text_bytes += text_bytes
 
     def _path(self, kind: str) -> Path:
@@ -89,7 +96,19 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Give the shard up."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
         if self._mask is not None:
             self._mask.discard()
+
+
+def _blocks_of(path: Path) -> tuple[str, ...]:
+    hasher = BlockHasher()
+    hasher.update(path.read_bytes())
+    return hasher.blocks()
+
+
+def _check(path: Path, is_unchanged: bool) -> None:
+    if not is_unchanged:
+        raise UserError(f"{path} changed since it was written (a fault of the disk?); remove the output folder and prepare it again")

@@ -42,6 +42,10 @@ class SourceDecisions:
         self._rules = tuple(rules)
         self._verdicts, self._chunks, self._cuts = (read_column(folder / f"{name}.tmp", *kind) for name, kind in TYPES.items())
 
+    def counts(self) -> dict[str, int]:
+        """Candidates by what was decided, those of no document left out."""
+        return {rule: count for rule, count in zip(self._rules, np.bincount(self._verdicts, minlength=1).tolist(), strict=False) if count}
+
     def of(self, start: Position) -> Decisions | None:
         """The decisions on the chunk that begins there; None: all of it is kept as it is."""
         inputs, offsets = self._chunks[:, 0], self._chunks[:, 1]

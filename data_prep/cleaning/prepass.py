@@ -42,6 +42,7 @@ from megatron_prism.errors import UserError
 
 REPORT = "cleaning.json"
 CONTAMINATED = "contaminated.jsonl"
+KEPT = "kept"
 FORMAT_VERSION = 1
 UNIT_DOCUMENTS = 200_000
 """documents at most in a unit: their signatures wait in memory"""
@@ -108,6 +109,18 @@ class Cleaner:
         content = json.loads(result.read_text())
         for source in self.config.source:
             self._decided[source.name] = SourceDecisions(self.folder / source.name, content["rules"], content["checksums"][source.name])
+            self._check_kept(source.name)
+
+    def _check_kept(self, source: str) -> None:
+        """Before hours of tokenising others. Errors: UserError for a source of which nothing is left, with what became of it."""
+        counts = self._decided[source].counts()
+        if counts.pop(KEPT, 0):
+            return
+        found = "; ".join(f"{count:,} {rule}" for rule, count in counts.items()) or "no record is a document: look at column, rules and filters"
+        raise UserError(
+            f"source {source!r}: cleaning leaves no document of it ({found}); duplicates count for the source that comes first: leave this one out, "
+            f"or put it first, or change [cleaning], and start again without {self.config.output} ({REPORT} in it has what was found)"
+        )
 
 
 class PrePass:
@@ -135,7 +148,7 @@ class PrePass:
 
     def _rules(self) -> list[str]:
         near = self.config.cleaning.near_duplicates if self.config.cleaning else None
-        names = ["kept", "exact duplicate", f"near duplicate (similarity >= {near.threshold:g})" if near else "near duplicate"]
+        names = [KEPT, "exact duplicate", f"near duplicate (similarity >= {near.threshold:g})" if near else "near duplicate"]
         return [*names, *(f"contaminated: {file.task}" for file in self.files)]
 
     # scanning
@@ -256,7 +269,7 @@ class PrePass:
     def _write_contaminated(self, columns: Columns, target: Path) -> dict[str, Any]:
         """Copy the lines out, and count documents by task and what was done."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary, size = target.with_name(f".{target.name}.tmp"), columns.state.rows.get("contaminated", 0)
+        temporary, size = artifact.temporary_of(target), columns.state.rows.get("contaminated", 0)
         found: Counter[tuple[str, str]] = Counter()
         with (columns.folder / "contaminated.tmp").open("rb") as lines, temporary.open("wb") as copy:
             while lines.tell() < size:

@@ -79,7 +79,7 @@ def template_of(source: SourceConfig, tokenizer: Tokenizer | None) -> Template |
     if text is None:
         missing = "the tokenizer has no chat template" if tokenizer else "there is no tokenizer yet, whose chat template it could be"
         raise UserError(f"source {source.name!r}: messages.style='template', and {missing}; give messages.template, a .jinja file, or style='chat'")
-    return Template(text, (tokenizer and tokenizer.special_tokens) or {}, turns.arguments or {})
+    return Template(text, (tokenizer and tokenizer.special_tokens) or {}, turns.arguments or {}, tokenizer.end_text if tokenizer else None)
 
 
 def _keep_lowest(heap: list[int], value: int, count: int) -> None:

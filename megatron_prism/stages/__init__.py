@@ -21,15 +21,16 @@ STAGES = {
     "convert": "Hugging Face model <-> megatron-core checkpoint",
     "train": "checkpoint (or random weights) + blend -> checkpoints",
     "merge": "several models of one shape -> one, their weighted mean",
+    "extend": "checkpoint -> the same for longer sequences",
     "evaluate": "model -> scores",
     "bench": "model and layout -> what a training step costs",
 }
 """Stage name -> the arrow of the flow that it is."""
 
-PARALLEL_STAGES = frozenset({"train", "bench"})
+PARALLEL_STAGES = frozenset({"train", "extend", "bench"})
 """Stages that run on many ranks, under torchrun."""
 
-STAGES_FOR_RANKS = frozenset({"evaluate"})
+STAGES_FOR_RANKS = frozenset({"prep", "evaluate"})
 """Stages that run in one process, or under torchrun where ranks are asked for."""
 
 

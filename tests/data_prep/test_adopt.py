@@ -105,6 +105,17 @@ def test_adopted_documents_are_read_as_written_and_their_files_are_left_alone(tm
     assert report["largest_id"] == max(max(row) for row in pairs[0] + pairs[1])
 
 
+def test_answers_of_adopted_shards_are_refused_by_name_with_the_way_to_have_them(config, pairs):
+    from megatron_prism.data_prep import learnt
+
+    blend = load_blend(stage.run(config()))
+    with pytest.raises(
+        UserError, match=r"the loss of old is to count answers alone, and adopted shards \(prism adopt\) have no answer masks.*prism prep"
+    ):
+        learnt.check(blend.sources, blend.manifests(), "answers")
+    learnt.check(blend.sources, blend.manifests(), "all")
+
+
 def test_an_adopted_source_trains_beside_a_prepared_validation_share(tmp_path, config, pairs):
     """Samples of both splits are the documents in the sampler's order, and no document is in both."""
     from megatron_prism.data_prep.document_order import document_order

@@ -124,12 +124,37 @@ def test_shards_joined_to_one_have_the_masks_of_all(tmp_path, monkeypatch):
     first, second = (split(tmp_path / name, [5, 6, 30, 2], seed) for seed, name in enumerate("ab"))
     writer = ShardWriter(tmp_path / "c" / "joined", "uint16")
     for manifest, _ in (first, second):
-        writer.copy(manifest.prefixes[0], "", 1, masked=True)
+        writer.copy(manifest.prefixes[0], "", 1, manifest.shards[0])
     shard = writer.finish()
     expected = np.concatenate([first[1][0], second[1][0]])
     assert shard.mask is not None and shard.mask.answers == expected.sum()
     whole = np.concatenate(list(masks.read_whole(tmp_path / "c" / "joined.mask", shard.tokens)))
     assert whole.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["bin", "idx", "mask"])
+def test_a_shard_that_changed_before_it_is_joined_is_refused_by_name(tmp_path, kind):
+    manifest, _ = split(tmp_path / "a", [5, 6, 30, 2])
+    path = Path(f"{manifest.prefixes[0]}.{kind}")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    writer = ShardWriter(tmp_path / "c" / "joined", "uint16")
+    with pytest.raises(UserError, match=rf"shard_00000\.{kind} changed since it was written"):
+        writer.copy(manifest.prefixes[0], "", 1, manifest.shards[0])
+
+
+def test_what_is_given_up_on_a_full_disk_leaves_nothing_there(tmp_path):
+    """A second failure, that of closing, keeps no file."""
+    writer = ShardWriter(tmp_path / "shard_00000", "uint16")
+    writer.add(np.zeros(2, np.uint16), np.array([2], np.int32), 1, np.ones(2, bool))
+    assert len(list(tmp_path.glob(".*.tmp"))) == 2 and writer._mask is not None
+    for file in (writer, writer._mask):
+        file._file.close()
+        file._file = Path("/dev/full").open("wb")  # noqa: SIM115
+        file._file.write(b"some")
+    writer.discard()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_changed_mask_is_found_and_unmasked_shards_are_as_before(tmp_path):

@@ -17,6 +17,8 @@ from megatron_prism.stages import prep
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 """Ends with the end of document, and has no {% generation %}."""
+CHATML = TEMPLATE.replace("<|end|>", "<|end|>{{ '\\n' }}")
+"""A line break behind every turn, as ChatML has it: also behind the last end of document."""
 COUNT = 90
 
 
@@ -33,6 +35,7 @@ def rows() -> list[dict[str, object]]:
 SOURCES = {
     "chat": {"messages": {"style": "chat"}},
     "template": {"messages": {"style": "template", "template": TEMPLATE}},
+    "chatml": {"messages": {"style": "template", "template": CHATML}},
     "joined": {"format": "{q}\nAnswer: {a}", "answers": ["a"]},
     "plain": {"format": "{q}\n{a}"},
 }
@@ -62,15 +65,19 @@ def expected(name: str, row: dict, tokenizer) -> tuple[list[int], list[bool]]:
         pieces = [(f"{turn['role'].capitalize()}: ", False, turn["content"], turn["role"] == "assistant") for turn in chats]
         flat = [part for head, _, text, answer in pieces for part in ((head, False), (text + "\n", answer))]
         flat[-1] = (flat[-1][0][:-1], flat[-1][1])
-    elif name == "template":
-        flat = [part for turn in chats for part in ((f"<{turn['role']}>", False), (f"{turn['content']}<|end|>", turn["role"] == "assistant"))]
+    elif name in ("template", "chatml"):
+        gap = "\n" if name == "chatml" else ""
+        flat = [part for turn in chats for part in ((f"<{turn['role']}>", False), (f"{turn['content']}<|end|>{gap}", turn["role"] == "assistant"))]
+        flat[-1] = (flat[-1][0].rstrip(), True)
+        rendered = tokenizer.apply_chat_template(chats, chat_template=SOURCES[name]["messages"]["template"], tokenize=False)
+        assert "".join(part for part, _ in flat) + gap == rendered
     else:
         flat = [(f"{row['q']}\nAnswer: ", False), (row["a"], True)]
     text = "".join(part for part, _ in flat)
     marks = np.array([answer for part, answer in flat for _ in part])
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, bits = found["input_ids"], [bool(marks[begin:end].any()) for begin, end in found["offset_mapping"]]
-    ends_itself = name == "template"
+    ends_itself = name in ("template", "chatml")
     return (ids, bits) if ends_itself else ([*ids, tokenizer.eos_token_id], [*bits, True])
 
 
@@ -87,7 +94,7 @@ def documents(manifest: Manifest) -> list[tuple[list[int], list[bool]]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["chat", "template", "joined"])
+@pytest.mark.parametrize("name", ["chat", "template", "chatml", "joined"])
 def test_every_token_of_an_answer_is_marked_and_no_other(output, tokenizer_folder, name):
     from transformers import AutoTokenizer
 

@@ -13,6 +13,7 @@ import pytest
 from prep_cases import output_bytes, read_split, texts, write_kind
 
 from megatron_prism.data_prep import prepare, tokenizer
+from megatron_prism.data_prep.parts import Place
 from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
 from megatron_prism.errors import UserError
 from megatron_prism.stages import prep
@@ -139,6 +140,27 @@ def test_a_finished_shard_that_was_damaged_before_the_end_is_refused(recipe, tmp
     shard.write_bytes(shard.read_bytes()[:-2]) if damage == "cut" else shard.unlink()
     with pytest.raises(UserError, match=rf"{shard.name} (is missing|has \d+ bytes), its manifest says"):
         prepare.prepare(config)
+
+
+def test_a_shard_of_another_process_that_was_cut_is_refused_by_the_one_that_joins(recipe, tmp_path):
+    write_kind(tmp_path / "in", "jsonl", texts(100))
+    config = recipe([tmp_path / "in"])
+    assert prepare.prepare(config, Place(0, 2)).missing == 1
+    (shard,) = (config.output / "s" / "train").glob("*.bin")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=rf"{shard.name} has \d+ bytes, its manifest says"):
+        prepare.prepare(config, Place(1, 2))
+
+
+def test_an_output_inside_what_is_read_and_names_of_what_else_lies_there_are_refused(recipe, tmp_path):
+    write_kind(tmp_path / "in", "jsonl", texts(5))
+    for output in (tmp_path / "in" / "out", tmp_path / "in"):
+        with pytest.raises(UserError, match=r"lies inside .*in of source 's', which would read it"):
+            prepare.prepare(recipe([tmp_path / "in"], output=output))
+    assert prepare.prepare(recipe([tmp_path / "in" / "*.jsonl"], output=tmp_path / "in" / "out")).sources
+    for name in ("Complete", "blend.toml", "tokenizer"):
+        with pytest.raises(ValueError, match="becomes a folder"):
+            SourceConfig(name=name, paths=["x"])
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tokenizer_folder, tmp_path):

@@ -48,6 +48,22 @@ def test_prefixes_give_each_answer_with_what_ends_it_and_without_its_marker():
     assert answers == ["The ünïcode ☃ one.<|im_end|>\n", "x = 1\n\nreturn<|im_end|>\n"]
 
 
+@pytest.mark.parametrize(
+    ("source", "left_out"),
+    [(CHATML, ""), (CHATML.replace("im_end", "end"), "\n"), (GENERATION, ""), (GENERATION.replace("<|end|>", "<|end|>{{ ' \\n' }}"), " \n")],
+)
+def test_a_text_that_ends_itself_ends_once_and_is_transformers_up_to_there(source, left_out, tokenizer_folder):
+    """White space behind the last end of document is left out, and nothing else ever."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    marked = Template(source, {"bos_token": "<|end|>"}, {}, end="<|end|>").render(TURNS)
+    assert marked.text + left_out == tokenizer.apply_chat_template(TURNS, chat_template=source, tokenize=False, bos_token="<|end|>")
+    assert marked.answers is not None and (whole := template(source).render(TURNS).answers) is not None
+    assert marked.answers == (*whole[:-1], (whole[-1][0], whole[-1][1] - len(left_out)))
+    assert Template(source, {"bos_token": "<|end|>"}, {}, end="<|other|>").render(TURNS).answers == whole
+
+
 def test_text_ids_and_marks_are_those_of_transformers(tokenizer_folder):
     from transformers import AutoTokenizer
 

@@ -16,6 +16,7 @@ from megatron_prism.data_prep import files, inputs, prepare, tokenizer, worker
 from megatron_prism.data_prep.documents import Extract, read_chunk
 from megatron_prism.data_prep.parts import ALONE
 from megatron_prism.data_prep.settings import CleaningConfig, PrepConfig, SourceConfig
+from megatron_prism.data_prep.source_writer import SourceWriter
 from megatron_prism.errors import UserError
 
 KINDS = ("jsonl", "gz", "zst", "parquet", "text")
@@ -53,17 +54,20 @@ def test_a_store_gives_the_documents_that_the_disk_gives(tmp_path, monkeypatch, 
         assert all(files.is_url(file.path) == pattern.startswith("memory") for file in remote)
 
 
-def test_prep_from_a_store_writes_the_bytes_that_it_writes_from_the_disk(tokenizer_folder, tmp_path, monkeypatch):
-    """All of prep but the processes: the memory of one is not that of another."""
-    monkeypatch.setattr(prepare, "prepare_tokenizer", tokenizer._prepare)
-    for kind in KINDS:
-        write_kind(tmp_path / "in" / kind, kind, texts(40))
-
+def in_one_process(monkeypatch):
     def pool(workers, given):
         worker._encode, worker._tokenizer = tokenizer.load_encoder(given), given
         return ThreadPoolExecutor(1)
 
+    monkeypatch.setattr(prepare, "prepare_tokenizer", tokenizer._prepare)
     monkeypatch.setattr(prepare, "_pool", pool)
+
+
+def test_prep_from_a_store_writes_the_bytes_that_it_writes_from_the_disk(tokenizer_folder, tmp_path, monkeypatch):
+    """All of prep but the processes: the memory of one is not that of another."""
+    in_one_process(monkeypatch)
+    for kind in KINDS:
+        write_kind(tmp_path / "in" / kind, kind, texts(40))
     url = put_into_memory(tmp_path / "in", f"{tmp_path.name}")
     for name, root in (("local", tmp_path / "in"), ("store", url)):
         sources = [SourceConfig(name=kind, paths=[f"{root}/{kind}"]) for kind in KINDS]
@@ -83,10 +87,53 @@ def test_what_changed_in_a_store_during_cleanings_pass_is_named_and_what_did_not
     cleaning = CleaningConfig(exact_duplicates=True)
     sources = [SourceConfig(name="s", paths=[f"{url}/*.jsonl"])]
     work = prepare._Work(PrepConfig(output=tmp_path / "out", tokenizer=tokenizer_folder, source=sources, cleaning=cleaning), ALONE)
-    work._check_unchanged()
+    work._check_unchanged(work.mine, "meanwhile;")
     files._system(url)[0].pipe(f"/{tmp_path.name}/b.jsonl", b'{"text": "another"}\n')
-    with pytest.raises(UserError, match=r"memory://.*/b\.jsonl changed since cleaning read all documents"):
-        work._check_unchanged()
+    with pytest.raises(UserError, match=r"memory://[^,]*/b\.jsonl changed meanwhile; remove .*out and start again"):
+        work._check_unchanged(work.mine, "meanwhile;")
+
+
+@pytest.mark.parametrize("place", ["store", "disk"])
+@pytest.mark.parametrize("change", ["another content of the same size", "longer", "gone"])
+def test_a_file_that_changes_while_it_is_read_is_refused_by_name_and_its_part_made_anew(tokenizer_folder, tmp_path, monkeypatch, place, change):
+    """It changes when all of it is read, and all but the end is on disk."""
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 4000)
+    in_one_process(monkeypatch)
+    write_kind(tmp_path / "in", "jsonl", texts(40))
+    url = put_into_memory(tmp_path / "in", tmp_path.name)
+    store, root = files._system(url if place == "store" else str(tmp_path / "in"))
+    data = store.cat(f"{root}/b.jsonl")
+    changes = {"another content of the same size": data.replace(b"model", b"MODEL"), "longer": data + b'{"text": "more"}\n', "gone": None}
+    unchanged = prepare._Work._check_unchanged
+
+    def change_now(*arguments):
+        store.rm(f"{root}/b.jsonl") if changes[change] is None else store.pipe(f"{root}/b.jsonl", changes[change])
+        unchanged(*arguments)
+
+    def close_each(writer, chunk, result):
+        add(writer, chunk, result)
+        writer._close_unit()
+
+    add = SourceWriter.add
+    sources = [SourceConfig(name="s", paths=[f"{url if place == 'store' else tmp_path / 'in'}/{name}.jsonl" for name in "ab"])]
+    settings = {"tokenizer": tokenizer_folder, "source": sources, "workers": 1, "validation_fraction": 0.2}
+    prepare.prepare(PrepConfig(output=tmp_path / "whole", **settings))
+    config = PrepConfig(output=tmp_path / "out", **settings)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"/b\.jsonl changed while they were read; undo that and run again .*, or remove .*out"),
+    ):
+        patch.setattr(prepare._Work, "_check_unchanged", change_now)
+        patch.setattr(SourceWriter, "add", close_each)
+        prepare.prepare(config)
+    assert not list(config.output.rglob("shard*")) and not list(config.output.rglob("*.bin.tmp")), "units that were finished before are gone too"
+    if change != "another content of the same size":  # of which the part may as well be made anew, as a whole
+        with pytest.raises(UserError, match=r"b\.jsonl"):
+            prepare.prepare(config)
+    store.pipe(f"{root}/b.jsonl", data)
+    prepare.prepare(config)
+    made = [output_bytes(output / "s" / "train") for output in (tmp_path / "out", tmp_path / "whole")]
+    assert made[0] == made[1] and len(made[0]) == 3
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from megatron_prism.data_prep.history import Continuation, History, Segment, consumption, describe_consumption, from_records, go_on, recorded
+from megatron_prism.data_prep.history import (
+    Continuation,
+    History,
+    Schedule,
+    Segment,
+    consumption,
+    describe_consumption,
+    from_records,
+    go_on,
+    recorded,
+)
 from megatron_prism.data_prep.sampler import Sampler
 from megatron_prism.errors import UserError
 
@@ -90,6 +100,15 @@ def test_a_plan_that_served_nothing_is_replaced():
     assert History(CHANGING[:1]).replanned(0, {"c": 1.0}).names == ["c"]
     with pytest.raises(AssertionError):
         History(CHANGING).replanned(120, {"b": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"), [([1e308, 1e308], "sum to more than a number holds"), ([1.0, 1e-200], "'1' has a share of 1e-200 .* never be served")]
+)
+def test_weights_beyond_numbers_are_refused(weights, words):
+    with pytest.raises(UserError, match=words):
+        Schedule(["0", "1"], weights)
+    assert Schedule(["0", "1"], [1.0, 1e-90]).counts(10**9).tolist() == [10**9, 0]
 
 
 def test_hundreds_of_sources_with_extreme_weights_are_counted_exactly_over_a_change():

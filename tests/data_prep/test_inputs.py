@@ -2,12 +2,14 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from prep_cases import KINDS, texts, write_kind
 
+from megatron_prism.config import validate
 from megatron_prism.data_prep import inputs
-from megatron_prism.data_prep.documents import Extract, read_chunk
+from megatron_prism.data_prep.documents import Extract, Oversized, read_chunk
 from megatron_prism.data_prep.settings import SourceConfig
 from megatron_prism.data_prep.sources.recipe import SampleConfig
 from megatron_prism.errors import UserError
@@ -164,6 +166,41 @@ def test_a_record_beyond_the_limit_costs_itself_alone(tmp_path, kind):
     for number in (1, len(chunks) // 2):
         rest = list(inputs.chunks(source, found, chunks[number].end, chunks[number].digest))
         assert [part._replace(input_bytes=0) for part in rest] == [part._replace(input_bytes=0) for part in chunks[number + 1 :]]
+
+
+def test_the_limit_counts_bytes_where_a_character_has_several(tmp_path):
+    """Of texts, of columns, and of the turns of a chat; what counts in characters keeps all but the last."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "make.py").write_text(
+        "def texts():\n    yield from ['\u4e2d' * 300, 'a' * 900, '\u4e2d' * 334, '\u4e2d' * 333]\n"
+        "def rows():\n    yield from ({'q': '\u00fc' * 100, 'a': text, 'n': 7} for text in ['a' * 800, 'a' * 801])\n"
+    )
+    turns = [[{"role": "user", "content": "\u4e2d" * count}] for count in (330, 340)]
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "chat.parquet")
+    given = {
+        "texts": ({"function": f"{tmp_path / 'make.py'}:texts"}, [0, 0, 1, 0]),
+        "rows": ({"function": f"{tmp_path / 'make.py'}:rows"}, [0, 1]),
+        "chat": ({"paths": [str(tmp_path / "chat.parquet")], "messages": {"style": "chat"}}, [0, 1]),
+    }
+    for name, (keys, too_long) in given.items():
+        source = validate({"name": name, "max_record_bytes": 1000, **keys}, SourceConfig, where="test")
+        records = [record for chunk in inputs.chunks(source, inputs.find_inputs(source)) for record in chunk.payload]
+        assert [isinstance(record, Oversized) for record in records] == too_long, name
+
+
+def test_a_table_that_is_damaged_inside_is_named(tmp_path):
+    import pyarrow.parquet as pq
+
+    path = Path(write_kind(tmp_path, "parquet", texts(150)))
+    data, start = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(2).column(1).dictionary_page_offset
+    data[start : start + 500] = b"\xff" * 500  # the footer, which is checked before a run, is whole
+    path.write_bytes(data)
+    source = SourceConfig(name="s", paths=[str(path)])
+    inputs.check_tables(source, found := inputs.find_inputs(source))
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read in row group 2 \(.*it is damaged, or was changed; fetch it again"):
+        list(inputs.chunks(source, found))
 
 
 def test_parquet_without_the_column_or_with_numbers_in_it_is_refused(tmp_path):

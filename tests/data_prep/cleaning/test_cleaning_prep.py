@@ -119,6 +119,20 @@ def test_exactly_what_was_planted_is_dropped_and_everything_read_is_counted(plan
         assert sorted(ids[:-1] for ids in found) == sorted(expected)
 
 
+@pytest.mark.parametrize(("name", "reason"), [("again", r"\(60 exact duplicate\); duplicates count"), ("nothing", "no record is a document")])
+def test_a_source_of_which_cleaning_leaves_nothing_is_refused_before_anything_is_tokenised(planted, tmp_path, name, reason):
+    first = planted[0].parent / "first.jsonl"
+    (tmp_path / "again.jsonl").write_text("".join(reversed(first.read_text().splitlines(keepends=True))))
+    (tmp_path / "nothing.jsonl").write_text('{"other": 1}\n')
+    settings = {"tokenizer": tomllib.loads(planted[0].read_text())["tokenizer"], "workers": 1, "cleaning": {"exact_duplicates": True}}
+    sources = [{"name": path.stem, "path": str(path)} for path in (first, tmp_path / f"{name}.jsonl")]
+    (recipe := tmp_path / "recipe.toml").write_text(tomli_w.dumps({"output": str(tmp_path / "out"), **settings, "source": sources}))
+    for _ in range(2):  # the second run finds the pre-pass done, and says it again
+        with pytest.raises(UserError, match=f"source '{name}': cleaning leaves no document of it .*{reason}"):
+            run(recipe)
+    assert (tmp_path / "out" / "cleaning.json").is_file() and not list((tmp_path / "out").glob("*/train"))
+
+
 def test_reports_say_what_was_cut_and_why_with_place_and_excerpt(planted, cleaned):
     recipe, _, truth = planted
     config, _ = cleaned
