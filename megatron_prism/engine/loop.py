@@ -3,10 +3,12 @@
 Called on every rank. What happens when is decided from the step alone, or told to all ranks together, so that no rank waits for another for ever.
 """
 
+import json
 import shutil
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from megatron_prism.data_prep.history import consumption, describe_consumption, 
 from megatron_prism.engine import checkpoint, device, parallel, recipe, run_folder, tp_overlap
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.data import SampleReader
-from megatron_prism.engine.metrics import MetricsLog
+from megatron_prism.engine.metrics import METRICS, MetricsLog
 from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
 from megatron_prism.engine.packed_data import PackedReader, open_reader
@@ -34,6 +36,9 @@ from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import cost
 
 HF_FILES = "hf_files"
+EVALUATION_SECONDS = "evaluation/seconds"
+Evaluate = Callable[[Path], dict[str, float]]
+"""Called on every rank with a complete checkpoint; its scores, on rank 0. The run is afterwards what it was before."""
 
 
 class DivergenceError(RuntimeError):
@@ -52,6 +57,7 @@ class Run:
     parents: list[Path]
     progress: Progress
     log: MetricsLog
+    evaluate: Evaluate | None = None
     started: float = field(default_factory=time.monotonic)
     recent: deque[tuple[float, int, float]] = field(default_factory=lambda: deque(maxlen=50))
     """seconds, tokens, and seconds waited for data of the last steps"""
@@ -70,9 +76,14 @@ class Run:
                 reader.close()
 
 
-def train(cfg: TrainConfig) -> Path:
-    """Run a recipe to its end, from its newest checkpoint where there is one. Returns the run's folder."""
+def train(cfg: TrainConfig, evaluate: Evaluate | None = None) -> Path:
+    """Run a recipe to its end, from its newest checkpoint where there is one. Returns the run's folder.
+
+    evaluate: what scores the checkpoints of the steps that `evaluation.interval` divides.
+    """
+    assert cfg.evaluation is None or evaluate is not None, "the stage hands over what the recipe asks for"
     run = build_run(cfg)
+    run.evaluate = evaluate
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_asked", True))
     try:
         finished = _loop(run)
@@ -87,6 +98,8 @@ def train(cfg: TrainConfig) -> Path:
 def _loop(run: Run) -> bool:
     """Steps until the end (True) or until someone asks to stop (False)."""
     cfg, progress = run.cfg, run.progress
+    if _owes_evaluation(run):
+        _evaluate(run)
     while progress.step < cfg.steps:
         report = _step(run)
         last, stopping = progress.step == cfg.steps, bool(report.signal)
@@ -98,6 +111,8 @@ def _loop(run: Run) -> bool:
             _save(run)
         if cfg.export and (every(cfg.export.interval, progress.step) or last):
             _export(run, last)
+        if _evaluation_is_due(run) and not stopping:
+            _evaluate(run)
         if stopping and not last:
             run.log.say(f"stopped after step {progress.step} of {cfg.steps}: start the same command again to go on")
             return False
@@ -298,6 +313,33 @@ def _export(run: Run, last: bool) -> None:
         export_hf(run_folder.step_folder(run.cfg.output, run.progress.step), run.cfg.output / name, run.cfg.export.dtype or _run_dtype(run.cfg))
     dist.barrier()
     run.log.say(f"exported {run.cfg.output / name}")
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    """Whether the checkpoint of this step is asked the run's tasks."""
+    section, step = run.cfg.evaluation, run.progress.step
+    return section is not None and step > 0 and (every(section.interval, step) or step == run.cfg.steps)
+
+
+def _owes_evaluation(run: Run) -> bool:
+    """Whether the checkpoint that the run goes on from was saved and not asked any more, because the run was stopped then."""
+    step = run.progress.step
+    if not _evaluation_is_due(run) or not run_folder.step_folder(run.cfg.output, step).is_dir():
+        return False
+    lines = (run.cfg.output / METRICS).read_text(encoding="utf-8").splitlines() if run.is_main else []
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    asked = torch.tensor(sum(record["step"] == step and EVALUATION_SECONDS in record for record in records), device=run.engine.device)
+    dist.all_reduce(asked)
+    return not asked.item()
+
+
+def _evaluate(run: Run) -> None:
+    assert run.evaluate is not None
+    begun, step = time.perf_counter(), run.progress.step
+    scores = run.evaluate(run_folder.step_folder(run.cfg.output, step))
+    seconds = time.perf_counter() - begun
+    shown = "  ".join(f"{name.removeprefix('evaluation/')} {100 * value:.1f} %" for name, value in scores.items() if not name.count("/") > 1)
+    run.log.event(step, {**scores, EVALUATION_SECONDS: seconds}, f"evaluation at step {step} in {seconds:.1f} s: {shown}")
 
 
 def _run_dtype(cfg: TrainConfig) -> str:

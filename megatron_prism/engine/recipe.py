@@ -1,7 +1,7 @@
 """The recipe of a training run: its blocks, and everything about it that can be checked before torch is imported."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -110,6 +110,35 @@ class ExportSection(Block):
     """steps between exports into OUTPUT/hf_steps (multiples of checkpoint.save_interval); the last step always goes to OUTPUT/hf"""
 
 
+class EvaluationSection(Block):
+    """Tasks that the model answers while it trains: docs/evaluate.md."""
+
+    interval: Positive
+    """steps between evaluations (multiples of checkpoint.save_interval: a checkpoint answers); the last step is always evaluated"""
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """names of tasks and of suites in the registry, or paths of task files"""
+    num_questions: Positive | None = 32
+    """the first so many of each task; none: all of them"""
+    data_dir: Path | None = None
+    """folder with the tasks' data sets, for machines without network"""
+    n: Positive | None = None
+    """completions per question; none: as the task says"""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """0 is greedy; none: as the task says"""
+    max_new_tokens: Positive | None = None
+    """none: as the task says"""
+    batch_size: Positive = 32
+    """completions at a time on each rank"""
+    chat: bool | None = None
+    """ask in the model's chat template, as a user's turn; none: as the task says"""
+    without_chat_template: Literal["plain", "refuse"] = "plain"
+    """a tokenizer without a chat template on a task that asks in a chat: give the plain prompt, or refuse before training"""
+    on_too_long: Literal["refuse", "shorten", "truncate_left"] = "refuse"
+    """a prompt that leaves no room for max_new_tokens: refuse before training, write less after it, or drop its first tokens"""
+    grading_workers: NonNegative | None = None
+    """processes that grade beside the generation; 0: none, the rank itself does; none: half of the cores, shared by the ranks of a machine"""
+
+
 class TrainConfig(Block):
     """A training run."""
 
@@ -155,6 +184,7 @@ class TrainConfig(Block):
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection | None = None
     export: ExportSection | None = None
+    evaluation: EvaluationSection | None = None
     log: LogConfig = Field(default_factory=LogConfig)
 
     @property
@@ -216,12 +246,15 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
-    def _exports_have_checkpoints(self) -> "TrainConfig":
-        export, save = self.export, self.checkpoint.save_interval
-        if export is not None and export.interval is not None and (save is None or export.interval % save):
-            raise ValueError(
-                f"export.interval={export.interval} must be a multiple of checkpoint.save_interval={save}: exports are made from checkpoints"
-            )
+    def _checkpoints_are_there(self) -> "TrainConfig":
+        save = self.checkpoint.save_interval
+        for name, section, why in (
+            ("export", self.export, "exports are made from checkpoints"),
+            ("evaluation", self.evaluation, "checkpoints answer"),
+        ):
+            interval = section.interval if section is not None else None
+            if interval is not None and (save is None or interval % save):
+                raise ValueError(f"{name}.interval={interval} must be a multiple of checkpoint.save_interval={save}: {why}")
         return self
 
 

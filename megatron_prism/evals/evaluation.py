@@ -82,6 +82,13 @@ class ModelRun:
             found["paper"] = paper_figures(self.model.paper, [*tasks, PAPER_AVERAGE])
         return found
 
+    def drop_other_responses(self) -> None:
+        """Remove the responses under this name that another model, or another protocol, gave. Rank 0, before the others look."""
+        for task, _ in self.evaluation.tasks:
+            folder = self.folder(task)
+            if not folder.is_claimed(protocol(self.cfg, self.fingerprint, task)):
+                folder.remove()
+
     def folder(self, task: Task) -> ResponseFolder:
         """Where its responses to a task lie."""
         return ResponseFolder(self.cfg.output, self.model.name, task.name)

@@ -59,6 +59,12 @@ class ResponseFolder:
         """Whether this is how responses are drawn."""
         return bool(self._description().get("protocol") == json.loads(json.dumps(protocol)))
 
+    def remove(self) -> None:
+        """All that is there."""
+        for path in (self.description, self.finished):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
     def is_finished(self, pairs: Collection[Pair], questions: Sequence[Question]) -> bool:
         """Whether all these pairs are joined, with verdicts as these questions are graded now."""
         wanted = {question.id: graded_as(question) for question in questions}

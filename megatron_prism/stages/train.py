@@ -22,15 +22,24 @@ def dry_run(cfg: TrainConfig) -> None:
     model, plan = check(cfg, world_size)
     print(cost.describe_run(model, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training))
     print(data_plan.describe(cfg))
+    if cfg.evaluation is not None:
+        from megatron_prism.evals import inline
+
+        print(inline.describe(cfg, cfg.evaluation))
 
 
 def run(cfg: TrainConfig) -> Path:
     """Train, on every rank of the launch; returns the run's folder."""
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     data_plan.check(cfg)
+    evaluate = None
+    if cfg.evaluation is not None:
+        from megatron_prism.evals.inline import InlineEvaluation
+
+        evaluate = InlineEvaluation(cfg, cfg.evaluation)
     from megatron_prism.engine import loop, parallel
 
     try:
-        return loop.train(cfg)
+        return loop.train(cfg, evaluate)
     finally:
         parallel.stop()
