@@ -123,6 +123,11 @@ def merge(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> N
     _run_stage("merge", words, dry_run, keys)
 
 
+@app.command(help=stages.STAGES["extend"])
+def extend(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
+    _run_stage("extend", words, dry_run, keys)
+
+
 @app.command(help=stages.STAGES["evaluate"])
 def evaluate(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
     _run_stage("evaluate", words, dry_run, keys)

@@ -136,6 +136,22 @@ def gather_hf_files(config: Path, tokenizer: Path, folder: Path) -> None:
     shutil.copyfile(config / "config.json", folder / "config.json")
 
 
+def put_config(folder: Path, config: dict[str, Any]) -> None:
+    """Make a folder's config.json say this; where it says it already, it stays byte for byte as it is. Rank 0.
+
+    A longer model's tokenizer is told of the length too: vLLM serves the smaller of max_position_embeddings and model_max_length.
+    """
+    path, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before == config:
+        return
+    artifact.write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    settings = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    length = config.get("max_position_embeddings", 0)
+    if 0 < settings.get("model_max_length", 0) < length:
+        artifact.write_atomic(tokenizer, json.dumps({**settings, "model_max_length": length}, indent=2, ensure_ascii=False) + "\n")
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint: its mark first, so that a crash on the way leaves nothing that looks whole."""
     (folder / artifact.COMPLETE).unlink(missing_ok=True)

@@ -135,7 +135,7 @@ def build_run(cfg: TrainConfig) -> Run:
     mesh = parallel.build_mesh(plan, cfg.seed)
     parents = recipe.parents(cfg)
     if mesh.rank == 0:
-        artifact.begin(cfg.output, "train", cfg, parents)
+        artifact.begin(cfg.output, cfg.stage, cfg, parents)
         _carry_model_files(cfg)
     engine = build_engine(cfg, model_config, mesh, place)
     blend = load_blend(cfg.data.blend)
@@ -218,6 +218,7 @@ def _carry_model_files(cfg: TrainConfig) -> None:
         checkpoint.gather_hf_files(source, cfg.model.tokenizer, folder)
     else:
         shutil.copytree(source, folder, dirs_exist_ok=True)
+    checkpoint.put_config(folder, recipe.trained_config(cfg)[0])
 
 
 def _step(run: Run) -> StepReport:

@@ -145,7 +145,7 @@ class LanguageModel(LanguageModule):
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             if self.embedding_multiplier != 1.0:
                 decoder_input = decoder_input * self.embedding_multiplier
-            if torch.is_grad_enabled() and not decoder_input.requires_grad:  # a frozen embedding: recomputed layers are trained by their input's gradient
+            if torch.is_grad_enabled() and not decoder_input.requires_grad:  # a frozen embedding; recomputed layers want an input with one
                 decoder_input.requires_grad_()
         whole = super().forward
         if not self.post_process:

@@ -1,18 +1,30 @@
 """The recipe of a training run: its blocks, and everything about it that can be checked before torch is imported."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_prism import artifact, families
-from megatron_prism.config import Block, Fp8Config, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
+from megatron_prism.config import (
+    Block,
+    Fp8Config,
+    Fraction,
+    NonNegative,
+    OptimizerConfig,
+    ParallelConfig,
+    Positive,
+    PositiveFloat,
+    differences,
+    read_toml,
+)
 from megatron_prism.data_prep.packing import OverLength, PackingOptions
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.errors import UserError
 from megatron_prism.families.components import Trainable
+from megatron_prism.families.extension import Extension, extended
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import layout
 from megatron_prism.planning.context_parallel import check_packing
@@ -142,6 +154,8 @@ class EvaluationSection(Block):
 class TrainConfig(Block):
     """A training run."""
 
+    stage: ClassVar[str] = "train"
+
     output: Path
     """folder of the run"""
     model: ModelSection
@@ -168,6 +182,8 @@ class TrainConfig(Block):
     """only kernels whose sums have a fixed order, so that equal runs are equal bit for bit on GPUs too; slower"""
     trainable: Trainable = "all"
     """all weights, or `attention`: its projections alone; the others keep their values and take no gradient and no optimizer state"""
+    max_position_embeddings: Positive | None = None
+    """raise the largest length that config.json names, for a data.seq_len beyond it; rotary embeddings stay as they are (else: prism extend)"""
     hidden_dropout: Fraction = 0.0
     """dropout on the embedding and on each residual branch"""
     seed: NonNegative = 1234
@@ -186,6 +202,11 @@ class TrainConfig(Block):
     export: ExportSection | None = None
     evaluation: EvaluationSection | None = None
     log: LogConfig = Field(default_factory=LogConfig)
+
+    def extension(self, model: ModelConfig) -> Extension:
+        """What becomes of the lengths that the start, `model`, was made for."""
+        window: Literal["keep"] | None = None if model.sliding_window is None else "keep"
+        return Extension(self.data.seq_len, self.max_position_embeddings or model.max_position_embeddings, sliding_window=window)
 
     @property
     def training(self) -> Training:
@@ -296,9 +317,40 @@ def check_model(cfg: TrainConfig, model: ModelConfig, plan: layout.ParallelPlan)
         raise UserError(f"recompute_layers={cfg.recompute_layers}: a hybrid model recomputes every layer with recompute=full; drop recompute_layers")
 
 
+def trained_config(cfg: TrainConfig) -> tuple[dict[str, Any], ModelConfig]:
+    """config.json of the model that is trained, and its shape: those of its start, but for lengths and rotary embeddings that the recipe changes.
+
+    Errors: UserError where the start forbids the change, or is too short for data.seq_len.
+    """
+    source = model_files(cfg)
+    family, model = families.load(source)
+    config = families.read_config(source)
+    changed = extended(config, model, cfg.extension(model))
+    return changed, model if changed == config else family.model_config(changed)
+
+
+def check_continuation(cfg: TrainConfig, config: dict[str, Any]) -> None:
+    """What is taken up with its optimizer state must be the same model, of which the same weights were trained. Errors: UserError."""
+    folder = run_folder.newest(cfg.output)
+    changed = differences(families.read_config(folder / "hf"), config) if folder is not None else []
+    if changed:
+        raise UserError(f"{cfg.output} trains another model: config.json {'; '.join(changed)}; restore the recipe, or choose another output")
+    if folder is None and cfg.model.load == "all" and cfg.model.checkpoint is not None:
+        folder = run_folder.resolve(cfg.model.checkpoint)
+    if folder is None or not (folder / artifact.CONFIG).is_file():
+        return
+    before = read_toml(folder / artifact.CONFIG).get("trainable", "all")
+    if before != cfg.trainable:
+        raise UserError(
+            f"trainable={cfg.trainable}: {folder} was trained with trainable={before}, and has optimizer states of those weights alone; "
+            "use the same, or start from its weights in another output (model.load=weights)"
+        )
+
+
 def check(cfg: TrainConfig, world_size: int) -> tuple[ModelConfig, layout.ParallelPlan]:
     """Everything that can be known to be wrong before torch is imported. Errors: UserError."""
-    _, model = families.load(model_files(cfg))
+    config, model = trained_config(cfg)
+    check_continuation(cfg, config)
     plan = layout.make_plan(model, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
     check_model(cfg, model, plan)
     check_writers(cfg.log)

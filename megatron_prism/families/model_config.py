@@ -13,8 +13,8 @@ class RopeScaling:
 
     kind "llama3": wavelengths beyond original_max_position_embeddings / low_freq_factor are divided by `factor`, those below
     original_max_position_embeddings / high_freq_factor kept, those between interpolated. kind "linear": all divided by `factor`. kind "yarn"
-    (Peng et al. 2023, arXiv 2309.00071): waves that turn beta_fast times in original_max_position_embeddings are kept, those that turn beta_slow times
-    divided by `factor`, a ramp over the channels between (its ends whole channels if `truncate`); queries and keys grow by attention_factor.
+    (Peng et al. 2023, arXiv 2309.00071): waves that turn beta_fast times in original_max_position_embeddings are kept, those that turn beta_slow
+    times divided by `factor`, a ramp over the channels between (its ends whole channels if `truncate`); queries and keys grow by attention_factor.
     """
 
     kind: Literal["llama3", "linear", "yarn"]

@@ -140,8 +140,9 @@ def _resolve(name: str, options: CaseConfig, world_size: int, folder: Path) -> C
     assert options.model is not None
     config = model_config(options.model, options.vocab_size)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     train = _train_config(options, folder, world_size)
+    config["max_position_embeddings"] = max(config.get("max_position_embeddings", 0), train.data.seq_len)  # what it costs, at any length
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if not options.train.get("data", {}).get("blend"):
         blend = random_blend(folder / "random", int(config["vocab_size"]), train.data.seq_len)
         train = train.model_copy(update={"data": train.data.model_copy(update={"blend": blend})})
