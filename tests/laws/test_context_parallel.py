@@ -1,6 +1,7 @@
 """Laws 3, 4, 5 and 8 under context parallelism: the curve of one rank, packed or not; a run that goes on under another cp; the same samples; faults.
 
-fp32, a few steps from one checkpoint. Bound: 1e-5 relative (test_same_loss).
+fp32, a few steps from one checkpoint. Bound: 1e-5 relative (test_same_loss). AdamW's eps is larger than by default: its first step moves a weight by
+the whole rate whichever sign rounding gives its gradient (seen with cp=4: 3e-8 beside 5e-2), and the curves then part by 2e-5.
 """
 
 import json
@@ -36,7 +37,8 @@ SETTINGS: dict[str, Any] = {
     "steps": STEPS,
     "global_batch": 4,
     "optimizer__lr": 1e-3,
-    "checkpoint__save_interval": HALF,
+    "optimizer__eps": 1e-6,
+    "checkpoint__save_interval": None,
     "checkpoint__keep_last": None,
     "validation__interval": STEPS,
     "validation__batches": 1,
@@ -48,15 +50,15 @@ PACKED: dict[str, Any] = {
     "data.packing.window_documents": 20,
 }
 CP, SP, PP = {"parallel.cp": 2}, {"parallel.tp": 2, "parallel.sp": "true"}, {"parallel.pp": 2}
-UNSAVED = {"checkpoint.save_interval": "none"}
+SAVED = {"checkpoint.save_interval": HALF}
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "llama": {**CP, "export.dtype": "float32"},
     "llama resumed": CP,
     "mistral": {**CP, "recompute": "selective"},
     "granite": CP,
     "granite_hybrid_rope": {**CP, "recompute": "full"},
-    "nemotron_h": CP,
-    "llama packed": {**CP, **PACKED, "recompute": "full"},
+    "nemotron_h": {**CP, **SAVED},
+    "llama packed": {**CP, **PACKED, **SAVED, "recompute": "full"},
     "mistral packed": {**CP, **PACKED},
     "nemotron_h packed": {**CP, **PACKED},
 }
@@ -99,7 +101,8 @@ def train(root: Path, run: Path, case: str, **more: Any) -> Path:
 def one_rank(root: Path) -> dict[str, Path]:
     """Runs of each model, without packing and with it."""
     cases = [*DENSE, *HYBRID, *(f"{name} packed" for name in ("llama", "mistral", *HYBRID))]
-    return {case: train(root, root / "one" / case, case, **({"export__dtype": "float32"} if case == "llama" else {})) for case in cases}
+    more = {"llama": {**SAVED, "export.dtype": "float32"}}
+    return {case: train(root, root / "one" / case, case, **more.get(case, {})) for case in cases}
 
 
 def alone(case: str) -> str:
@@ -121,7 +124,7 @@ def two_ranks(root: Path, one_rank: dict[str, Path]) -> Path:
     folder = root / "two"
     interrupted(one_rank["llama"], folder / "llama resumed")
     cases = {case: {"set": {**settings, **start(root, case)}} for case, settings in TWO_RANKS.items()}
-    cases |= {fault: {"set": {**CP, **UNSAVED, **start(root, name)}, "fault": fault} for fault, name in FAULTS.items()}
+    cases |= {fault: {"set": {**CP, **start(root, name)}, "fault": fault} for fault, name in FAULTS.items()}
     run_cases(root, 2, cases, folder=folder, timeout=280, **SETTINGS)
     return folder
 
@@ -137,6 +140,7 @@ def last_lines(run: Path) -> dict[str, float]:
     return {key: value for line in lines if line["step"] == STEPS for key, value in line.items() if "loss" in key}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_cp_gives_the_curve_of_one_rank_packed_or_not_and_across_a_resume(one_rank, two_ranks):
     found = differences({case: two_ranks / case for case in TWO_RANKS}, one_rank)
@@ -144,6 +148,8 @@ def test_cp_gives_the_curve_of_one_rank_packed_or_not_and_across_a_resume(one_ra
     assert max(found.values()) < BOUND, found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_losses_by_source_and_of_validation_are_those_of_one_rank(one_rank, two_ranks):
     for case in TWO_RANKS:
         found, expected = last_lines(two_ranks / case), last_lines(one_rank[alone(case)])
@@ -151,6 +157,8 @@ def test_losses_by_source_and_of_validation_are_those_of_one_rank(one_rank, two_
         assert found == pytest.approx(expected, rel=BOUND), case
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_run_goes_on_on_one_rank(root, one_rank, two_ranks):
     for case in ("llama packed", "nemotron_h"):
         resumed = interrupted(two_ranks / case, root / "back" / case)
@@ -158,12 +166,16 @@ def test_a_run_goes_on_on_one_rank(root, one_rank, two_ranks):
         assert largest_difference(metrics(resumed), metrics(one_rank[case])) < BOUND
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_weights_are_exported_as_from_one_rank(one_rank, two_ranks):
     found, expected = (load_file(run / "hf" / "model.safetensors") for run in (two_ranks / "llama", one_rank["llama"]))
     assert found.keys() == expected.keys()
     assert max(((found[name] - weight).norm() / weight.norm()).item() for name, weight in expected.items()) < BOUND
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_planted_faults_change_the_curve(one_rank, two_ranks):
     found = {fault: largest_difference(metrics(two_ranks / fault), metrics(one_rank[name])) for fault, name in FAULTS.items()}
     assert min(found.values()) > 10 * BOUND, found
@@ -172,7 +184,7 @@ def test_planted_faults_change_the_curve(one_rank, two_ranks):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_cp_beside_every_other_cut_gives_the_curve_of_one_rank(root, one_rank):
-    cases = {case: {"set": {**settings, **UNSAVED, **start(root, case)}} for case, settings in FOUR_RANKS.items()}
+    cases = {case: {"set": {**settings, **start(root, case)}} for case, settings in FOUR_RANKS.items()}
     run_cases(root, 4, cases, folder=root / "four", timeout=380, **SETTINGS)
     found = differences({case: root / "four" / case for case in cases}, one_rank)
     print(found)

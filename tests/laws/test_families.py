@@ -20,10 +20,10 @@ GRADIENT_BOUND = 1e-4
 BASE = [name for name in TINY if "tp4" not in name]
 HYBRID = [name for name in BASE if name.startswith(("granite_hybrid", "nemotron_h"))]
 FOUR = [name for name in TINY if "tp4" in name]
-TP, SP, PP = {"parallel.tp": 2}, {"parallel.tp": 2, "parallel.sp": "true"}, {"parallel.pp": 2}
+TP, SP, PP, CP = {"parallel.tp": 2}, {"parallel.tp": 2, "parallel.sp": "true"}, {"parallel.pp": 2}, {"parallel.cp": 2}
 LAYOUTS: dict[int, dict[str, tuple[list[str], dict[str, Any]]]] = {
     1: {"one": (list(TINY), {})},
-    2: {"tp": (HYBRID, TP), "tp_sp": (BASE, SP), "pp": (BASE, PP)},
+    2: {"tp": (HYBRID, TP), "tp_sp": (BASE, SP), "pp": (BASE, PP), "cp": (["mistral", *HYBRID], CP)},
     4: {"tp_sp": (FOUR, {"parallel.tp": 4, "parallel.sp": "true"}), "pp": (HYBRID, {"parallel.pp": 4}), "tp_sp_pp": (HYBRID, {**SP, **PP})},
 }
 """ranks -> layout -> the models that try it, and its settings"""
