@@ -54,10 +54,12 @@ def _stage_memory(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: i
     in_fp8 = [symbol for layer in layers if training.in_fp8(layer, model.num_layers) for symbol in model.layer_symbols[layer]]
     weights = sum(layer_parameters(model, symbol, plan.tp) for symbol in symbols) + _end_weights(model, plan, stage)
     copied = sum(linear_parameters(model, symbol, plan.tp) for symbol in in_fp8)
+    # attention's projections are trained without the norm before them
+    trained = weights if training.trainable == "all" else symbols.count("*") * (layer_parameters(model, "*", plan.tp) - model.hidden_size)
     return MemoryPlan(
         weights * training.value_bytes + copied * training.fp8_weight_bytes,
-        weights * training.gradient_bytes,
-        weights * training.state_bytes // (plan.dp * plan.cp),
+        trained * training.gradient_bytes,
+        trained * training.state_bytes // (plan.dp * plan.cp),
         _activations(model, plan, stage, seq_len, training),
     )
 
@@ -124,7 +126,7 @@ class _Layer:
     input: int
     """what it keeps when it is recomputed"""
     attention: int
-    """attention's output, and for each head the sum of its softmax in fp32"""
+    """attention's output, for each head the sum of its softmax in fp32, and under context parallelism the keys and values that came last"""
 
 
 def _layer(model: ModelConfig, plan: ParallelPlan, layer: int, training: Training) -> _Layer:
@@ -133,7 +135,8 @@ def _layer(model: ModelConfig, plan: ParallelPlan, layer: int, training: Trainin
     for symbol in symbols:
         plain, of_linear, shared = _activation_values(model, plan, symbol)
         values += size * plain + ((of_linear + shared) if fp8 else size * of_linear)
-    attention = symbols.count("*") * (size * model.query_size + 4 * model.num_attention_heads) // plan.tp
+    received = 2 * model.kv_size if plan.cp > 1 else 0
+    attention = symbols.count("*") * (size * (model.query_size + received) + 4 * model.num_attention_heads) // plan.tp
     gradient = max(_gradient_bytes(model, plan.tp, symbol, size) for symbol in symbols)
     return _Layer(values, gradient, size * (model.hidden_size // _sequence_cut(plan)), attention)
 
