@@ -212,7 +212,14 @@ class TrainConfig(Block):
     def training(self) -> Training:
         """What of it planning wants to know."""
         return Training(
-            self.precision == "bf16", self.recompute, self.recompute_layers, self.optimizer, self.fp8, self.keep_attention, self.offload_activations
+            self.precision == "bf16",
+            self.recompute,
+            self.recompute_layers,
+            self.optimizer,
+            self.fp8,
+            self.keep_attention,
+            self.offload_activations,
+            self.trainable,
         )
 
     @model_validator(mode="after")

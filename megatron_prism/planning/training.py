@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_prism.config import Fp8Config, OptimizerConfig
+from megatron_prism.families.components import Trainable
 from megatron_prism.planning.layout import ParallelPlan
 
 
@@ -21,6 +22,7 @@ class Training:
     """with recompute="full": attention's output is kept, its core runs once"""
     offload_activations: bool = False
     """with recompute="full": what layers keep waits in host memory"""
+    trainable: Trainable = "all"
 
     @property
     def value_bytes(self) -> int:

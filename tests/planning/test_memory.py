@@ -156,3 +156,12 @@ def test_an_estimate_fits_when_a_tenth_stays_free():
     gib = need(LLAMA_8B).total / 2**30
     assert need(LLAMA_8B).fits(gib / 0.9 + 0.1)
     assert not need(LLAMA_8B).fits(gib / 0.9 - 0.1)
+
+
+def test_frozen_weights_take_their_own_bytes_alone():
+    """Attention of LLaMA-3.1-8B: 4096 * (4096 + 2 * 1024 + 4096) weights in each of 32 layers; a stage of a hybrid may have none."""
+    attention = 32 * 4096 * (4096 + 2 * 1024 + 4096)
+    whole, frozen = need(LLAMA_8B), need(LLAMA_8B, training=Training(trainable="attention"))
+    assert (frozen.weights, frozen.activations) == (whole.weights, whole.activations)
+    assert (frozen.gradients, frozen.optimizer) == (attention * 4, attention * 12 // 8)
+    assert need(replace(HYBRID_13_LAYERS, hybrid_layer_pattern="M-M-M-M-M-M-M"), training=Training(trainable="attention")).optimizer == 0
