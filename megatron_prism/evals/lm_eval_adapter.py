@@ -1,8 +1,7 @@
 """lm-eval's view of a `Generator`: its tasks, prompts and scorers on our models and backends.
 
 Tokenising is lm-eval's own (`TemplateLM`); what its Hugging Face backend decides beside that is decided the same way here: special tokens as the
-tokenizer adds them, none where the text begins with one; contexts that are too long lose their beginning. Where a text is cut, one token more is
-lost than there: `Generator.score` reads the last token too.
+tokenizer adds them, none where the text begins with one; contexts that are too long lose their beginning, with vLLM two tokens more than there.
 Owns: the translation. Refuses: generation settings that a `Sampling` cannot say. Imports lm-eval: only `retention` imports this, and only to run.
 """
 
@@ -34,6 +33,8 @@ class LmEvalModel(TemplateLM):
     def __init__(self, generator: Generator, max_length: int, seed: int = 0):
         super().__init__()
         self.generator, self.tokenizer, self.max_length, self.seed = generator, generator.tokenizer, max_length, seed
+        limits = (max_length + 1, generator.longest_pair)  # the last token of a continuation is not read
+        self.longest_pair = min(limit for limit in limits if limit is not None)
 
     @property
     def eot_token_id(self) -> int:
@@ -106,14 +107,14 @@ class LmEvalModel(TemplateLM):
         return [texts[place] for place in range(len(requests))]
 
     def _fitted(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], list[int]]:
-        room = self.max_length - len(continuation)
+        room = self.longest_pair - len(continuation)
         if room < 1:
             raise UserError(f"a continuation of {len(continuation)} tokens leaves no room for a context: the model reads {self.max_length}")
         return list(context[-room:]), list(continuation)
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         tokens = self.tok_encode(text)
-        return map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 1, context_len=1))
+        return map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, self.longest_pair - 1, context_len=1))
 
     def _sampling(self, asked: dict[str, Any]) -> Sampling:
         settings = dict(normalize_gen_kwargs(asked, self.max_gen_toks))

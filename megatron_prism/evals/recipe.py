@@ -143,6 +143,11 @@ class EvaluateConfig(Block):
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError(f"models need names of their own; got {names}")
+        if "series.json" in names:
+            raise ValueError("a model cannot be called 'series.json', a file of the evaluation's own: choose another name")
+        steps = [name for name in names if name.removeprefix("step_").isdigit() and name != name.removeprefix("step_")]
+        if steps and self.follow is not None:
+            raise ValueError(f"step_N are the checkpoints of follow.run: choose other names than {', '.join(steps)}")
         if not names and self.follow is None:
             raise ValueError("there are no models to score: give [[models]] tables, or follow.run")
         if self.perplexity is None and self.tasks is None:

@@ -81,6 +81,8 @@ class Task(Block):
 
     @model_validator(mode="after")
     def _check(self) -> "Task":
+        if self.name == "perplexity" or self.name.startswith("hf_"):
+            raise ValueError(f"name={self.name!r} is what an evaluation calls a folder of its own (perplexity, hf_...): choose another")
         for prompt in (self.prompt, *self.prompts.values()):
             if prompt.count("{question}") != 1:
                 raise ValueError(f"prompt={prompt!r} must hold {{question}} once")

@@ -102,6 +102,8 @@ class Generator(ABC):
 
     tokenizer: Any
     """the model's, as transformers loads it; renders chat templates too"""
+    longest_pair: int | None = None
+    """tokens of prompt and continuation together that `score` takes at most; None: no limit is known"""
 
     @abstractmethod
     def generate_requests(self, requests: Sequence[Request], sampling: Sampling, on_done: OnDone) -> None:

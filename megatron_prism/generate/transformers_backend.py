@@ -49,6 +49,7 @@ class TransformersGenerator(Generator):
         self.on_too_long: OnTooLong = on_too_long
         limits = [limit for limit in (getattr(model.config, "max_position_embeddings", None), max_model_len) if limit is not None]
         self.positions = min(limits, default=None)
+        self.longest_pair = None if self.positions is None else self.positions + 1  # the last token is judged, not read
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", dtype: str = "float32", batch_size: int = 32) -> "TransformersGenerator":
@@ -79,7 +80,7 @@ class TransformersGenerator(Generator):
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
         """See `interface.Generator`. Rows of similar length together, padded on the right, where causal models do not look."""
-        fitted = fit_pairs(pairs, self.positions, self.on_too_long)
+        fitted = fit_pairs(pairs, self.longest_pair, self.on_too_long)
         order = sorted(range(len(fitted)), key=lambda place: -sum(map(len, fitted[place])))
         scored: dict[int, Scored] = {}
         while order:
@@ -90,8 +91,8 @@ class TransformersGenerator(Generator):
         return [scored[place] for place in range(len(fitted))]
 
     def _score_batch(self, pairs: list[tuple[list[int], list[int]]], width: int) -> Iterator[Scored]:
-        rows = [[*prompt, *continuation] for prompt, continuation in pairs]
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.model.device)
+        rows = [[*prompt, *continuation][:-1] for prompt, continuation in pairs]
+        ids = torch.tensor([row + [0] * (width - 1 - len(row)) for row in rows], device=self.model.device)
         logits = self.model(input_ids=ids, use_cache=False).logits
         for (prompt, continuation), row in zip(pairs, logits, strict=True):
             table = row[len(prompt) - 1 : len(prompt) - 1 + len(continuation)].float().log_softmax(-1)

@@ -43,6 +43,7 @@ class VllmGenerator(Generator):
         self.speller = Speller(self.tokenizer, end_of_sequence_ids(folder, self.tokenizer))
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
         self.positions = min((limit for limit in (named, config.max_model_len) if limit is not None), default=None)
+        self.longest_pair = None if self.positions is None else self.positions - 1  # vLLM always writes a token more
         self._new_weights: Path | None = None
         groups = gpu_groups(config, os.environ)
         self.servers = [Server(folder, config, self.positions, gpus, label=_label(index)) for index, gpus in enumerate(groups)]
@@ -89,8 +90,8 @@ class VllmGenerator(Generator):
         }
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
-        """See `interface.Generator`. vLLM always writes a token more, so that a pair may have one token less than the model has positions."""
-        fitted = fit_pairs(pairs, self.positions - 1 if self.positions is not None else None, self.config.on_too_long)
+        """See `interface.Generator`."""
+        fitted = fit_pairs(pairs, self.longest_pair, self.config.on_too_long)
         scored: dict[int, Scored] = {}
 
         def keep(place: int, answer: Answer) -> None:

@@ -4,8 +4,8 @@ Owns: the way answers are handed to math-verify, and telling its failure from a 
 extraction rule has found it: what came out of the box is read as one answer, as LaTeX first and as plain text else).
 
 The same text is right at once, blanks (but those between digits), dollar signs, \text around words and a last full stop aside. docs/grading.md lists
-what math-verify accepts: values equal to 6 decimals, 10\% for 10 and for 0.1, units and \text beside a number left out, `x = 5` for 5, lists and sets
-without their order.
+what math-verify accepts: values equal to 6 decimals, 10\% for 10 and for 0.1, units and \text beside a number left out, `x = 5` for 5 (of
+an equation the last side counts, and it alone), lists and sets without their order.
 """
 
 import logging

@@ -32,10 +32,10 @@ def test_the_generators_own_answers_are_correct_and_those_to_other_questions_are
 
 
 def test_suites_are_lists_of_tasks_and_stand_for_them() -> None:
-    assert known_suites() == ["offline", "prism_six"]
+    assert known_suites() == ["niah", "offline", "prism_six", "ruler", "ruler_offline"]
     assert [task.source for task in load_suite("offline").load()] == ["reasoning_gym"] * 12
     assert [task.name for task in load_tasks(["chain_sum", "prism_six", "aime24"])] == ["chain_sum", *load_suite("prism_six").tasks]
-    with pytest.raises(UserError, match="known: offline, prism_six"):
+    with pytest.raises(UserError, match="known: niah, offline, prism_six"):
         load_suite("no_such_suite")
 
 
@@ -80,6 +80,8 @@ def test_neighbouring_seeds_share_questions_which_is_why_the_ranges_are_apart() 
         ({"extraction": "no_such"}, "extraction rule"),
         ({"unknown": 1}, "unknown key"),
         ({"seed": 17}, "seed=17"),  # training seeds
+        ({"name": "perplexity"}, "name='perplexity' is what an evaluation calls a folder of its own"),
+        ({"name": "hf_mine"}, "name='hf_mine' is what"),
     ],
 )
 def test_bad_task_files_are_refused(tmp_path: Path, wrong: dict[str, object], message: str) -> None:

@@ -102,8 +102,11 @@ LENIENT = r"""
 (1,2) | 1,2
 2516_8 | 2516
 \frac{3}{4} | \frac{3}{4
+5 | 6=5
+12 | 3 \cdot 5 = 12
 """
-"""Right for math-verify: decimals to six places, percent without its sign, a pair without brackets, a number without its base, a brace lost."""
+"""Right for math-verify: decimals to six places, percent without its sign, a pair without brackets, a number without its base, a brace lost, the last
+side of an equation that does not hold."""
 
 STRICT = r"""
 [0,1) | 0 \le x < 1

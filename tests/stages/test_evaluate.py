@@ -176,6 +176,8 @@ def test_a_model_is_another_one_with_another_tokenizer_chat_template_or_weights(
         ({"perplexity": None, "tasks": None}, "nothing to evaluate"),
         ({"models": []}, "models"),
         ({"models": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "names of their own"),
+        ({"models": [{"name": "series.json", "path": "x"}]}, "cannot be called 'series.json'"),
+        ({"models": [{"name": "step_4", "path": "x"}], "follow": {"run": "y"}}, "choose other names than step_4"),
         ({"generation": {"top_p": 0}}, "top_p"),
         ({"colour": 1}, "unknown key colour"),
     ],
