@@ -24,10 +24,12 @@ TP_DOUBLING = 1.17
 """measured: 512 TFLOP/s on one H200 became 438 on each of two with tp=2 and sp (8 of LLaMA-3.1-8B's layers, 8,192 tokens)"""
 CP_DOUBLING = 1.05
 """not measured: a choice that cuts long sequences before matrices, since a ring's exchange runs beside attention"""
-SHORTEST_CHUNK = 4096
+SHORTEST_CHUNK = 8192
 """tokens of each of the 2 * cp chunks, at least: of shorter ones attention takes less time than their exchange (a choice, not measured)"""
 PP_DOUBLING = 1.2
 """not measured: a choice that takes a pipeline after the same tensor parallelism"""
+LONG = 32768
+"""tokens of a sequence from which on attention's core is work enough to keep its output where layers run again"""
 TOKENS_PER_STEP = 1_048_576
 """PRISM's mid-training (Table 16): 128 sequences of 8,192"""
 
@@ -41,13 +43,15 @@ class Choice:
     need: MemoryPlan
     relative_time: float
     """rough time of a step, data parallelism alone being 1"""
+    keep_attention: bool = False
 
     @property
     def overrides(self) -> str:
         """What sets it on the command line of `prism train`."""
         plan = self.plan
         settings = {"parallel.tp": plan.tp, "parallel.sp": str(plan.sp).lower(), "parallel.pp": plan.pp, "parallel.cp": plan.cp}
-        return " ".join(f"{key}={value}" for key, value in settings.items()) + f" recompute={self.recompute or 'none'}"
+        kept = " keep_attention=true" if self.keep_attention else ""
+        return " ".join(f"{key}={value}" for key, value in settings.items()) + f" recompute={self.recompute or 'none'}{kept}"
 
     @property
     def global_batch(self) -> int:
@@ -59,7 +63,7 @@ class Choice:
         """Why this one, in words."""
         ranks = self.plan.tp * self.plan.pp * self.plan.cp
         cut = f"{ranks} ranks share a copy of the model" if ranks > 1 else "every rank has a copy of the model"
-        again = "every layer is computed twice" if self.recompute else "nothing is computed twice"
+        again = f"every layer {'but for attention ' if self.keep_attention else ''}is computed twice" if self.recompute else "nothing is computed twice"
         return f"the quickest that fits: {cut}, {again}"
 
 
@@ -69,9 +73,11 @@ def choices(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int = 
     training: the types of weights, gradients and states (a bf16 recipe's defaults); its recomputation is what is chosen here.
     """
     given = training or Training()
-    kinds = [replace(given, recompute=None, recompute_layers=None), replace(given, recompute="full", recompute_layers=None)]
+    given = replace(given, recompute=None, recompute_layers=None, keep_attention=False, offload_activations=False)
+    full = replace(given, recompute="full")
+    kinds = [given, full, *([replace(full, keep_attention=True)] if seq_len >= LONG else [])]
     found = [
-        Choice(plan, kind.recompute, memory(model, plan, seq_len, kind), _relative_time(model, plan, seq_len, kind.recompute))
+        Choice(plan, kind.recompute, memory(model, plan, seq_len, kind), _relative_time(model, plan, seq_len, kind), kind.keep_attention)
         for plan in _plans(model, gpus, seq_len, tokens_per_step)
         for kind in kinds
     ]
@@ -108,6 +114,6 @@ def _plans(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int) ->
     return found
 
 
-def _relative_time(model: ModelConfig, plan: ParallelPlan, seq_len: int, recompute: str | None) -> float:
-    extra = recompute_flops_per_token(model, seq_len, recompute) / flops_per_token(model, seq_len)
+def _relative_time(model: ModelConfig, plan: ParallelPlan, seq_len: int, kind: Training) -> float:
+    extra = recompute_flops_per_token(model, seq_len, kind.recompute, keep_attention=kind.keep_attention) / flops_per_token(model, seq_len)
     return (1 + extra) * CP_DOUBLING ** log2(plan.cp) * TP_DOUBLING ** log2(plan.tp) * PP_DOUBLING ** log2(plan.pp)

@@ -19,6 +19,7 @@ from megatron_prism.engine import data_plan, recipe, run_folder
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import choices, cost, layout, parameters
+from megatron_prism.stages import extend
 
 DEFAULTS = cost.Training()
 BYTES_PER_PARAMETER = {"weights": DEFAULTS.value_bytes, "gradients": DEFAULTS.gradient_bytes, "optimizer": DEFAULTS.state_bytes}
@@ -84,8 +85,9 @@ def plan_recipe(
     """A training recipe, the shape of its model and its plan on so many GPUs (else WORLD_SIZE, else the fewest). Errors: UserError."""
     table = merge(path, [*overrides, *([f"data.seq_len={seq_len}"] if seq_len else [])])
     _fill_paths(table, model, path)
-    cfg = validate(table, recipe.TrainConfig, where=str(path))
+    cfg = validate(table, extend.Config if extend.KEYS & table.keys() else recipe.TrainConfig, where=str(path))
     shape = find_model(model) if model is not None else _recipe_model(cfg)
+    shape = extend.planned(shape, cfg) if isinstance(cfg, extend.Config) else shape
     world_size = gpus or int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
     plan = layout.make_plan(shape, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
     recipe.check_model(cfg, shape, plan)
@@ -159,7 +161,8 @@ def _print_choices(found: list[choices.Choice], gpus: int, memory_gib: float | N
         table.add_column(heading, justify="right", no_wrap=True)
     for choice in _worth_showing(found, memory_gib):
         plan, total, activations = choice.plan, choice.need.total / 2**30, choice.need.activations / 2**30
-        cells = [f"{plan.tp} sp" if plan.sp else str(plan.tp), str(plan.pp), str(plan.cp), str(plan.dp), choice.recompute or "none"]
+        again = "but attention" if choice.keep_attention else choice.recompute or "none"
+        cells = [f"{plan.tp} sp" if plan.sp else str(plan.tp), str(plan.pp), str(plan.cp), str(plan.dp), again]
         cells += [f"{total - activations:.1f}", f"{activations:.1f}", f"{total:.1f}", f"{choice.relative_time:.2f}"]
         table.add_row(*cells, *([] if memory_gib is None else ["yes" if choice.need.fits(memory_gib) else "no"]))
     Console(highlight=False).print(table)

@@ -24,8 +24,9 @@ def published_model(folder: str) -> str:
 
 def named(choice: choices.Choice) -> str:
     """A layout that does not fit, as the recipes' first lines name it."""
-    cut = "dp alone" if choice.plan.tp == 1 else f"tp={choice.plan.tp}"
-    return f"{cut}{' + full recompute' if choice.recompute else ''} {choice.need.total / 2**30:.1f}"
+    cut = " ".join(f"{name}={size}" for name, size in (("cp", choice.plan.cp), ("tp", choice.plan.tp)) if size > 1) or "dp alone"
+    again = f" + full recompute{' but attention' if choice.keep_attention else ''}" if choice.recompute else ""
+    return f"{cut}{again} {choice.need.total / 2**30:.1f}"
 
 
 FOLDERS = sorted(path.parent.name for path in EXAMPLES.glob("*/README.md") if "--model" in path.read_text())
@@ -76,7 +77,7 @@ def test_each_layout_needs_what_stands_beside_it_and_is_the_one_that_the_planner
         found = choices.choices(model, 8, cfg.data.seq_len, cfg.global_batch * cfg.data.seq_len, cfg.training)
         best = choices.recommended(found, float(size))
         assert best is not None
-        assert (plan, cfg.recompute) == (best.plan, best.recompute)
+        assert (plan, cfg.recompute, cfg.keep_attention) == (best.plan, best.recompute, best.keep_attention)
         quicker = [named(choice) for choice in found[: found.index(best)] if choice.plan.pp == 1]
         assert too_large == ", ".join(quicker[-3:])
 
