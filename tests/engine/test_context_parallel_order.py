@@ -1,4 +1,4 @@
-"""Which tokens a context-parallel rank holds, in which order all ranks' tokens lie end to end, and which heads of a Mamba layer it scans.
+"""Which tokens a context-parallel rank holds, in which order all ranks' tokens lie end to end, which heads of a Mamba layer it scans, and a refusal.
 
 The exchanges between ranks are proved by tests/laws/test_context_parallel.py.
 """
@@ -6,11 +6,18 @@ The exchanges between ranks are proved by tests/laws/test_context_parallel.py.
 import numpy as np
 import pytest
 import torch
+from training import TINY_LLAMA
 
+from megatron_prism import families
+from megatron_prism.config import ParallelConfig
 from megatron_prism.engine.context_parallel import Order, chunks, order, order_of
 from megatron_prism.engine.documents import documents
 from megatron_prism.engine.mamba_share import ScannedPart, Share
+from megatron_prism.engine.model import BuildOptions, build
+from megatron_prism.engine.parallel import Mesh
+from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import MambaConfig
+from megatron_prism.planning.layout import make_plan
 
 LENGTHS = [8, 4, 16, 4]
 
@@ -69,3 +76,10 @@ def test_every_head_is_scanned_once_with_its_own_group(groups, tp, cp):
             assert torch.equal(b[::2].repeat_interleave(len(own) // part.groups), own // (8 // groups))
             seen += own.tolist()
     assert seen == list(range(8))
+
+
+def test_transformer_engine_has_no_exchange_in_fp32():
+    model = families.find(TINY_LLAMA).model_config(TINY_LLAMA)
+    mesh = Mesh(make_plan(model, ParallelConfig(cp=2), 2, 32, 8, 1), groups=None, rank=0, tp_rank=0, pp_rank=0, dp_rank=0, cp_rank=0)
+    with pytest.raises(UserError, match=r"parallel\.cp=2 with precision=fp32: .*use precision=bf16, or layers=local"):
+        build(model, mesh, BuildOptions(precision="fp32", layers="transformer_engine"), torch.device("cpu"))

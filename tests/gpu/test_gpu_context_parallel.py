@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {
     "steps": 4,
     "global_batch": 4,
     "optimizer__lr": 1e-3,
-    "optimizer__eps": 1e-6,
+    "optimizer__eps": 1e-2,
     "validation__interval": 4,
     "validation__batches": 1,
 }

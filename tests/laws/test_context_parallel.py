@@ -1,7 +1,7 @@
 """Laws 3, 4, 5 and 8 under context parallelism: the curve of one rank, packed or not; a run that goes on under another cp; the same samples; faults.
 
-fp32, a few steps from one checkpoint. Bound: 1e-5 relative (test_same_loss). AdamW's eps is larger than by default: its first step moves a weight by
-the whole rate whichever sign rounding gives its gradient (seen with cp=4: 3e-8 beside 5e-2), and the curves then part by 2e-5.
+fp32, a few steps from one checkpoint. Bound: 1e-5 relative (test_same_loss). AdamW's eps is 1e-2: with a small one its first updates are nearly the
+gradients' signs, and rounding grows (Mistral's norm at step 4, eps=1e-6: off by 1.1e-5 under tp, 1.6e-5 under cp; with 1e-2 by less than 1e-6).
 """
 
 import json
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "steps": STEPS,
     "global_batch": 4,
     "optimizer__lr": 1e-3,
-    "optimizer__eps": 1e-6,
+    "optimizer__eps": 1e-2,
     "checkpoint__save_interval": None,
     "checkpoint__keep_last": None,
     "validation__interval": STEPS,

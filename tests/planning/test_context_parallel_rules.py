@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 from paper_models import GRANITE_4_H_MICRO, LLAMA_8B, MISTRAL_7B, NEMOTRON_H_8B
+from training import from_random, recipe
 
-from megatron_prism.config import ParallelConfig
+from megatron_prism.config import ParallelConfig, load_recipe
+from megatron_prism.engine.recipe import TrainConfig, check_model
 from megatron_prism.errors import UserError
 from megatron_prism.planning.context_parallel import check_packing
 from megatron_prism.planning.layout import ParallelPlan, make_plan
@@ -69,3 +71,26 @@ def test_packed_documents_go_with_two_exchanges_alone(kind):
         check_packing(allowed)
     with pytest.raises(UserError, match="takes packed documents with p2p and a2a alone; use one of these, or layers=local"):
         check_packing(kind)
+
+
+def check(tmp_path, model=LLAMA_8B, **settings: object) -> None:
+    cfg = load_recipe(None, recipe(tmp_path, tmp_path / "run", **from_random(tmp_path), **settings), TrainConfig)
+    check_model(cfg, model, make_plan(model, cfg.parallel, cfg.parallel.model_ranks, cfg.data.seq_len, 8, 1))
+
+
+def test_an_exchange_is_for_transformer_engine(tmp_path):
+    asked = {"parallel__cp": 2, "parallel__cp_comm_type": "a2a"}
+    for ours in ({"device": "cpu"}, {"device": "cuda", "layers": "local"}):
+        with pytest.raises(UserError, match=r"cp_comm_type=a2a is for TransformerEngine's layers; ours .* gather: drop it"):
+            check(tmp_path, **asked, **ours)
+    check(tmp_path, **asked, device="cuda")
+
+
+def test_a_recipe_packs_with_an_exchange_that_takes_packed_documents(tmp_path):
+    packed = {"data__packing__pad_multiple": 4, "parallel__cp": 2}
+    with pytest.raises(UserError, match=r"parallel\.cp_comm_type=all_gather with data\.packing"):
+        check(tmp_path, **packed, device="cuda", parallel__cp_comm_type="all_gather")
+    with pytest.raises(UserError, match=r"parallel\.cp_comm_type=all_gather with data\.packing"):
+        check(tmp_path, MISTRAL_7B, **packed, device="cuda", parallel__tp=8)  # a2a cannot cut its 8 KV heads, all_gather cannot pack
+    check(tmp_path, MISTRAL_7B, **packed, device="cuda", parallel__tp=4)
+    check(tmp_path, MISTRAL_7B, **packed, device="cuda", parallel__tp=8, layers="local")
