@@ -109,4 +109,5 @@ def run(cfg: Config) -> Path:
 
 
 def _tasks(cfg: Config) -> list[Task]:
-    return load_tasks(cfg.tasks or known_tasks())
+    """Those named; or all that ask something of their own (a puzzle's hay is noise that any text may hold)."""
+    return load_tasks(cfg.tasks) if cfg.tasks else [task for task in load_tasks(known_tasks()) if task.source != "ruler"]

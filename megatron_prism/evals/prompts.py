@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megatron_prism.errors import UserError
 from megatron_prism.evals.registry import Task
+from megatron_prism.evals.ruler import Room
 from megatron_prism.generate.interface import Sampling
 from megatron_prism.grading import Question
 
@@ -42,14 +43,17 @@ def ask(
             "or ask with the plain prompt: tasks.without_chat_template=plain (counted), or tasks.chat=false"
         )
     render = _in_chat if chat and has_template else _plain
-    prompts = tuple(render(tokenizer, task.prompt_for(question)) for question in questions)
+    room = Room(lambda text, prefix: len(render(tokenizer, text, prefix)), sampling.max_new_tokens)
+    prompts = tuple(render(tokenizer, task.prompt_for(question, room), task.prefix_for(question)) for question in questions)
     return Asked(tuple(questions), prompts, sampling, chat and has_template, 0 if has_template or not chat else len(questions))
 
 
-def _plain(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text)["input_ids"])
+def _plain(tokenizer: Any, text: str, prefix: str = "") -> tuple[int, ...]:
+    return tuple(tokenizer(text + prefix)["input_ids"])
 
 
-def _in_chat(tokenizer: Any, text: str) -> tuple[int, ...]:
+def _in_chat(tokenizer: Any, text: str, prefix: str = "") -> tuple[int, ...]:
+    """prefix: how the model's turn begins."""
     turn = [{"role": "user", "content": text}]
-    return tuple(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
+    ids = tuple(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return (*ids, *tokenizer(prefix.strip(), add_special_tokens=False)["input_ids"]) if prefix else ids

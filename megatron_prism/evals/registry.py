@@ -2,8 +2,8 @@
 
     name = "aime24"                  # as in tables and scores.json
     domain = "math"
-    source = "dataset"               # or "reasoning_gym", the default, which makes its questions by `seed`
-    dataset = "HuggingFaceH4/aime_2024"     # on the Hugging Face hub; of reasoning_gym: its name for the kind of question
+    source = "dataset"               # or "reasoning_gym", the default, which makes its questions by `seed`; or "ruler", puzzles in a long context
+    dataset = "HuggingFaceH4/aime_2024"     # on the Hugging Face hub; of reasoning_gym and ruler: their name for the kind of question
     revision = "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
     files = ["data/train-00000-of-00001.parquet"]
     rows = "plain"                   # sources/__init__.py: how a row is read
@@ -16,7 +16,10 @@
     top_p = 0.95
     max_new_tokens = 32768
     citation = "..."
-    [params]                         # of the reader of rows, or of reasoning-gym
+    [params]                         # of the reader of rows, of reasoning-gym, or of the puzzle
+
+NAME-LENGTH is a task of source "ruler" at another `params.length`, such as niah_single_1-32768; a suite with `lengths` has its tasks at each of them,
+SUITE-LENGTH at one.
 
 Held out: reasoning-gym's question i of seed s is drawn from s + i, so two different seeds can share questions. Tasks therefore live at seeds of 10^9
 and above, training data below it, and `training_entries` also drops what happens to read the same as a held-out question.
@@ -35,6 +38,7 @@ from pydantic import Field, model_validator
 
 from megatron_prism.config import Block, Positive, read_toml, validate
 from megatron_prism.errors import UserError
+from megatron_prism.evals.ruler import KINDS, Draw, Kind, LongQuestion, Room, ask
 from megatron_prism.evals.sources import READERS, Reader, Shape
 from megatron_prism.evals.sources.files import HubFiles, find, rows
 from megatron_prism.evals.sources.rows import Dropped
@@ -60,7 +64,7 @@ class Task(Block):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     domain: str
-    source: Literal["reasoning_gym", "dataset"] = "reasoning_gym"
+    source: Literal["reasoning_gym", "dataset", "ruler"] = "reasoning_gym"
     dataset: str
     revision: str | None = None
     files: tuple[str, ...] = ()
@@ -93,6 +97,8 @@ class Task(Block):
             missing = [key for key in ("files", "num_questions") if key not in self.model_fields_set]
             if missing:
                 raise ValueError(f"source=dataset needs {', '.join(missing)}")
+        if self.source == "ruler":
+            self._kind()
         return self
 
     def questions(self, limit: int | None = None, data_dir: Path | None = None) -> list[Question]:
@@ -107,12 +113,20 @@ class Task(Block):
         count = min(self.num_questions, limit or self.num_questions)
         if self.source == "dataset":
             return self._selected(count if limit else None, data_dir)
+        if self.source == "ruler":
+            return Selection([self._puzzle(number, data_dir) for number in range(count)], count, Counter())
         asked = [self._question(entry, f"{self.name}/{self.seed + number}") for number, entry in enumerate(self._entries(self.seed, count))]
         return Selection(asked, len(asked), Counter())
 
-    def prompt_for(self, question: Question) -> str:
-        """What the model is given."""
+    def prompt_for(self, question: Question, room: Room | None = None) -> str:
+        """What the model is given. room: of the model that is asked; without it, a long context is named, not shown. Errors: UserError."""
+        if isinstance(question, LongQuestion):
+            return question.prompt(room)
         return self.prompts.get(question.grader, self.prompt).replace("{question}", question.text)
+
+    def prefix_for(self, question: Question) -> str:
+        """How the answer begins: put behind the prompt, in a chat at the start of the model's turn."""
+        return question.prefix if isinstance(question, LongQuestion) else ""
 
     def sampling(self, **overrides: Any) -> Sampling:
         """The task's protocol, with some of it (or the seed) replaced. Errors: UserError for sampling that makes no sense."""
@@ -146,6 +160,18 @@ class Task(Block):
     def _question(self, entry: dict[str, Any], name: str) -> Question:
         return Question(entry["question"].strip(), self.source, self.dataset, entry, self.extraction, name)
 
+    def _kind(self) -> Kind:
+        if self.dataset not in KINDS:
+            raise ValueError(f"source=ruler has no dataset={self.dataset!r}; known: {', '.join(KINDS)}")
+        return validate(self.params, KINDS[self.dataset], where=f"task {self.name}: [params] of dataset={self.dataset}")
+
+    def _puzzle(self, number: int, data_dir: Path | None) -> LongQuestion:
+        kind = self._kind()
+        name = f"{self.name}/{self.seed + number}"
+        return ask(
+            kind.puzzle(Draw(number, f"{_at_length(self.name)[0]} {self.seed + number}", data_dir)), self.dataset, kind.length, name, self.extraction
+        )
+
     def _reader(self) -> Reader:
         return validate(self.params, READERS[self.rows], where=f"task {self.name}: [params] of rows={self.rows}")
 
@@ -177,34 +203,57 @@ class Suite(Block):
     name: str
     about: str
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    lengths: tuple[Positive, ...] = ()
+    """each task at each of these `params.length`s"""
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tasks, in order."""
+        return [f"{task}-{length}" for task in self.tasks for length in self.lengths] or list(self.tasks)
 
     def load(self) -> list[Task]:
         """Its tasks, in order."""
-        return [load_task(name) for name in self.tasks]
+        return [load_task(name) for name in self.names]
 
 
 def load_task(name: str) -> Task:
     """A task by its name in the registry, or by the path of its .toml. Errors: UserError for unknown names (with the known ones) and bad files."""
-    path = Path(name) if name.endswith(".toml") else TASKS_FOLDER / f"{name}.toml"
+    base, length = (name, None) if name in known_tasks() else _at_length(name)
+    path = Path(name) if name.endswith(".toml") else TASKS_FOLDER / f"{base}.toml"
     if not path.is_file():
         raise UserError(f"there is no task {name!r}; known: {', '.join(known_tasks())}; or give the path of a task file that ends in .toml")
-    return validate(read_toml(path), Task, where=str(path))
+    content = read_toml(path)
+    if length is not None:
+        if content.get("source") != "ruler":
+            raise UserError(f"task {name!r}: {base} has no length; a length belongs to tasks of source ruler")
+        content |= {"name": name, "params": {**content.get("params", {}), "length": length}}
+    return validate(content, Task, where=str(path))
 
 
 def load_suite(name: str) -> Suite:
     """A suite by its name, or by the path of its .toml. Errors: UserError for unknown names (with the known ones), bad files, unknown tasks in it."""
-    path = Path(name) if name.endswith(".toml") else SUITES_FOLDER / f"{name}.toml"
+    base, length = (name, None) if name in known_suites() else _at_length(name)
+    path = Path(name) if name.endswith(".toml") else SUITES_FOLDER / f"{base}.toml"
     if not path.is_file():
         raise UserError(f"there is no suite {name!r}; known: {', '.join(known_suites())}; or give the path of a suite file that ends in .toml")
     suite = validate(read_toml(path), Suite, where=str(path))
+    if length is not None:
+        suite = suite.model_copy(update={"name": name, "lengths": (length,)})
     suite.load()
     return suite
 
 
 def load_tasks(names: Sequence[str]) -> list[Task]:
     """Tasks by names of tasks and of suites, which stand for their tasks; each once. Errors: UserError for unknown names."""
-    listed = [one for name in names for one in (load_suite(name).tasks if name in known_suites() else (name,))]
+    suites = known_suites()
+    listed = [one for name in names for one in (load_suite(name).names if name in suites or _at_length(name)[0] in suites else (name,))]
     return [load_task(name) for name in dict.fromkeys(listed)]
+
+
+def _at_length(name: str) -> tuple[str, int | None]:
+    """NAME-LENGTH taken apart."""
+    base, _, digits = name.rpartition("-")
+    return (base, int(digits)) if base and digits.isascii() and digits.isdigit() else (name, None)
 
 
 def known_tasks() -> list[str]:

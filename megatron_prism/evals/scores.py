@@ -1,6 +1,6 @@
 """Scores of a task from its graded responses. Pure functions of small tables; q questions, n samples of each.
 
-accuracy          mean over questions of the mean over samples: avg@n, which is pass@1
+accuracy          mean over questions of the mean over samples: avg@n, which is pass@1; a part of an answer, where it counts (RULER), is its share
 standard error    clustered by question: samples of one question are not independent draws, so only questions count as such
 pass@k            the chance that one of k samples is right, unbiased: 1 - C(n - c, k) / C(n, k), c of n right (Chen et al. 2021, equation 1)
 majority@n        the chance that the most frequent answer is right; a response without an answer has no vote, a tie is broken by a fair draw
@@ -26,7 +26,7 @@ GRADER_FAULTS = ("grader_failed", "timeout")
 class TaskScore:
     """What the responses to a task are worth; shares lie in 0 to 1, log-probabilities are in nats.
 
-    correct: of each question, the share of its samples. pass_at: {k: pass@k}. majority: None where answers have no name to vote for (code).
+    correct: of each question, the mean worth of its samples. pass_at: {k: pass@k}. majority: None where answers have no name to vote for (code).
     majority_ties: share of questions whose vote was tied. graded: the accuracy over the responses whose grader came to a verdict.
     negative_logprob: per sampled token under the model itself, over all tokens; the other two over those of correct and of other responses.
     """
@@ -58,12 +58,12 @@ def score(records: Iterable[Record], votes: bool = True) -> TaskScore:
     for record in records:
         rows.setdefault(record["id"], []).append({key: record[key] for key in KEPT})
     flat = [record for row in rows.values() for record in row]
-    correct = {question: sum(record["correct"] for record in row) / len(row) for question, row in rows.items()}
+    correct = {question: sum(map(worth, row)) / len(row) for question, row in rows.items()}
     accuracy, error = mean_and_error(list(correct.values()))
     outcomes = [majority([record["answer"] for record in row], [record["correct"] for record in row]) for row in rows.values()] if votes else []
     reasons = Counter(record["reason"] for record in flat)
-    decided = [record for record in flat if record["reason"] not in GRADER_FAULTS]
     tokens = [record["num_tokens"] for record in flat]
+    graded = [worth(record) for record in flat if record["reason"] not in GRADER_FAULTS]
     return TaskScore(
         accuracy=accuracy,
         standard_error=error,
@@ -77,7 +77,7 @@ def score(records: Iterable[Record], votes: bool = True) -> TaskScore:
         truncated=sum(record["finish_reason"] == "length" for record in flat) / len(flat),
         grader_failed=reasons["grader_failed"] / len(flat),
         timeout=reasons["timeout"] / len(flat),
-        graded=sum(record["correct"] for record in decided) / len(decided) if decided else None,
+        graded=sum(graded) / len(graded) if graded else None,
         mean_tokens=float(np.mean(tokens)),
         median_tokens=float(np.median(tokens)),
         p95_tokens=float(np.percentile(tokens, 95)),
@@ -87,7 +87,12 @@ def score(records: Iterable[Record], votes: bool = True) -> TaskScore:
     )
 
 
-KEPT = ("correct", "reason", "answer", "finish_reason", "num_tokens", "logprob")
+def worth(record: Record) -> float:
+    """1 for a correct response, the part of one whose parts count, else 0."""
+    return float(record["score"]) if record["reason"] == "part" else float(record["correct"])
+
+
+KEPT = ("correct", "score", "reason", "answer", "finish_reason", "num_tokens", "logprob")
 """of a record: its text may be long, and is not scored"""
 
 

@@ -4,6 +4,7 @@ reasoning_gym   `score_answer` of the data set.
 exact           equality with entry["answer"].
 math            the same value as entry["answer"], LaTeX or text; see `mathematics`.
 choice          the letter entry["answer"], one of as many letters as there are entry["choices"].
+contains        entry["answers"] in the text, letter case aside; entry["credit"]: "all" (each counts) or "any" (one is enough). RULER's.
 code_stdin      a program that prints entry["tests"]' outputs; see `programs`.
 code_function   a program with entry["function"] that returns them.
 """
@@ -81,11 +82,20 @@ def _choice(question: Question, answer: str) -> Grade:
     return Grade(float(answer == wanted), detail=None if answer in letters else f"{answer!r} is none of the letters {letters}")
 
 
+def _contains(question: Question, answer: str) -> Grade:
+    wanted, written = question.entry["answers"], answer.lower()
+    found = [part for part in wanted if part.lower() in written]
+    share = float(bool(found)) if question.entry["credit"] == "any" else len(found) / len(wanted)
+    is_part = 0 < share < FULL_SCORE
+    return Grade(share, "part" if is_part else None, f"{len(found)} of {len(wanted)} are there" if is_part else None)
+
+
 GRADERS: dict[str, Callable[[Question, str], Grade]] = {
     "reasoning_gym": _reasoning_gym,
     "exact": _exact,
     "math": grade_mathematics,
     "choice": _choice,
+    "contains": _contains,
     "code_stdin": grade_stdin,
     "code_function": grade_function,
 }

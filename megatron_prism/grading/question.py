@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Reason = Literal["correct", "wrong", "no_answer", "timeout", "grader_failed"]
+Reason = Literal["correct", "part", "wrong", "no_answer", "timeout", "grader_failed"]
 FULL_SCORE = 1.0
 
 
@@ -28,7 +28,8 @@ class Question:
 class Verdict:
     """correct: the grader's full score. score: the grader's, 0 to 1. answer: what was found in the text. detail: why not, where the grader says so.
 
-    reason: "timeout" where the grader ran out of its own time and "grader_failed" where it broke: neither says that the answer is wrong.
+    reason: "part" where a part of the answer was asked to count as such: as its score. "timeout" where the grader ran out of its own time and
+    "grader_failed" where it broke: neither says that the answer is wrong.
     """
 
     correct: bool
@@ -40,8 +41,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Grade:
-    """What a grader says of an answer. reason: only where it is neither right nor wrong."""
+    """What a grader says of an answer. reason: only where it is neither right nor wrong, or where a part of it counts."""
 
     score: float
-    reason: Literal["timeout", "grader_failed"] | None = None
+    reason: Literal["part", "timeout", "grader_failed"] | None = None
     detail: str | None = None

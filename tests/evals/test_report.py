@@ -20,7 +20,7 @@ def _task(right: int, questions: int = 40, n: int = 2, **changes: Any) -> dict[s
 
     base = {"answer": "1", "finish_reason": "stop", "num_tokens": 5, "logprob": -1.0}
     rows = [
-        {"id": f"q{place:03}", "correct": place < right, "reason": "correct" if place < right else "wrong", **base}
+        {"id": f"q{place:03}", "correct": place < right, "score": float(place < right), "reason": "correct" if place < right else "wrong", **base}
         for place in range(questions)
         for _ in range(n)
     ]

@@ -25,6 +25,7 @@ def _record(question: str, correct: bool, answer: str | None = "1", **changes: o
     known = {
         "id": question,
         "correct": correct,
+        "score": float(correct),
         "reason": reason,
         "answer": answer,
         "finish_reason": "stop",

@@ -97,7 +97,7 @@ def test_a_grader_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_grader_is_refused() -> None:
-    with pytest.raises(UserError, match="known: reasoning_gym, exact, math, choice, code_stdin, code_function"):
+    with pytest.raises(UserError, match="known: reasoning_gym, exact, math, choice, contains, code_stdin, code_function"):
         verdict(Question("?", "vibes", "", {}), "Answer: 1")
 
 
