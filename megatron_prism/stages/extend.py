@@ -4,6 +4,7 @@ The recipe is that of `prism train` with [rope], and the defaults of PRISM's 128
 exponential decay to 0 after 100 steps of warm-up, rotary embeddings unchanged. The training is `prism train`'s own, and goes on like it.
 """
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from megatron_prism import families
@@ -17,6 +18,9 @@ from megatron_prism.stages import train
 from megatron_prism.stages.train import run
 
 __all__ = ["Config", "dry_run", "parents", "run"]
+
+KEYS = frozenset({"rope", "sliding_window"})
+"""what a recipe of this stage may have and one of `prism train` may not"""
 
 
 class LongData(DataSection):
@@ -55,6 +59,12 @@ class Config(TrainConfig):
     def extension(self, model: ModelConfig) -> Extension:
         """What becomes of the lengths that the start was made for."""
         return Extension(self.data.seq_len, self.max_position_embeddings, self.rope, self.sliding_window)
+
+
+def planned(model: ModelConfig, cfg: Config) -> ModelConfig:
+    """A model after its extension, as far as costs depend on it: what a plan takes where there is no checkpoint yet."""
+    window = None if cfg.sliding_window == "remove" else model.sliding_window
+    return replace(model, sliding_window=window, max_position_embeddings=max(model.max_position_embeddings, cfg.data.seq_len))
 
 
 def dry_run(cfg: Config) -> None:
