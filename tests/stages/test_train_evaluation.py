@@ -1,8 +1,11 @@
 """A small suite inside training: it changes nothing of the run, is asked once a step whatever is killed, and says what `prism evaluate` would say."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from tiny_hf import make_tiny_tokenizer
 from training import TINY_LLAMA, differing, final_state, metrics, recipe
 
 from megatron_prism import artifact
-from megatron_prism.config import load_recipe, validate
+from megatron_prism.config import load_recipe, to_toml, validate
 from megatron_prism.engine import checkpoint, parallel, run_folder
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
@@ -94,6 +97,37 @@ def test_its_scores_are_those_of_prism_evaluate(root: Path, unbroken: Path) -> N
     assert ours == [record["text"] for record in records(root / "scores" / "responses" / "last" / "sums.jsonl.zst")]
     assert len(ours) == 10 and ours != texts(unbroken, 3)
     assert not (unbroken / "evaluation" / "parts").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_questions_and_train_as_they_would_without(root: Path) -> None:
+    for name, task in (("two", "sums"), ("two_without", None)):
+        recipe_file = to_file(config(root, root / name, task))
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "megatron_prism",
+            "train",
+            str(recipe_file),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert trained(root / "two") == trained(root / "two_without")
+    assert differing(final_state(root / "two"), final_state(root / "two_without")) == []
+    assert [line["step"] for line in scores(root / "two")] == [3, 6]
+    assert [len(texts(root / "two", step)) for step in (3, 6)] == [10, 10]
+
+
+def to_file(cfg: TrainConfig) -> Path:
+    """A recipe as a file."""
+    file = cfg.output.with_suffix(".toml")
+    file.write_text(to_toml(cfg))
+    return file
 
 
 @pytest.mark.parametrize("stopped", ["after the evaluation", "before it"])
