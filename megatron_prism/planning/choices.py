@@ -63,8 +63,8 @@ class Choice:
         """Why this one, in words."""
         ranks = self.plan.tp * self.plan.pp * self.plan.cp
         cut = f"{ranks} ranks share a copy of the model" if ranks > 1 else "every rank has a copy of the model"
-        again = f"every layer {'but for attention ' if self.keep_attention else ''}is computed twice" if self.recompute else "nothing is computed twice"
-        return f"the quickest that fits: {cut}, {again}"
+        again = "every layer, but for attention's core," if self.keep_attention else "every layer" if self.recompute else "nothing"
+        return f"the quickest that fits: {cut}, {again} is computed twice"
 
 
 def choices(model: ModelConfig, gpus: int, seq_len: int, tokens_per_step: int = TOKENS_PER_STEP, training: Training | None = None) -> list[Choice]:
