@@ -1,8 +1,8 @@
 """Hay: what a puzzle is hidden in.
 
 RULER's prose is Paul Graham's essays and its words are wonderwords'; neither is on every machine. Here prose is DATA_DIR/essays.txt where there is
-one, else the Python language reference (pydoc's topics, of this Python: its digest is part of each question), and words are reasoning-gym's, of 3 to 5
-letters.
+one, else the Python language reference (pydoc's topics, of this Python: the digest is part of each question), and words are reasoning-gym's, of 3 to
+5 letters.
 Owns: what hay there is. Refuses: an empty essays.txt.
 """
 

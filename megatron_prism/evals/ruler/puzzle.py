@@ -20,7 +20,7 @@ FIRST_PROBE = 16
 
 
 class Room(NamedTuple):
-    """What a prompt may take. measure: tokens of (prompt, beginning of the answer) as a model is given them. answer_tokens: kept free for the rest."""
+    """What a prompt may take. measure: tokens of (prompt, beginning of the answer) as a model sees them. answer_tokens: kept free for the rest."""
 
     measure: Callable[[str, str], int]
     answer_tokens: int
