@@ -2,6 +2,10 @@
 
     python tests/benchmarks/data_prep.py --work FOLDER [--megatron-lm CHECKOUT] [--datatrove PYTHON] [--fastokens]
         [--tokenizer HF_FOLDER] [--megabytes 60] [--workers 2] [--runs 3]
+    python tests/benchmarks/data_prep.py --work FOLDER --chunks [--tokenizer HF_FOLDER] [--megabytes 60]
+
+--chunks is for a machine that has other work: one process, chunk after chunk of the corpus, each through encode_batch_fast of its texts, the same
+with its ids as lists, and all that a worker of ours does with it, in turns; medians of the CPU seconds of each chunk beside encode_batch_fast's.
 
 Makes its own corpus (Python files and texts installed with the interpreter, repeated to size) and trains a 32k byte-level BPE unless one is given.
     raw          encode_batch of all texts, already in memory, with as many threads as we have workers
@@ -12,7 +16,8 @@ Makes its own corpus (Python files and texts installed with the interpreter, rep
     datatrove    JSON lines to .ds and its index, not shuffled, a file for each worker; from before its workers start to their end. PYTHON: the
                  interpreter of an environment with datatrove[io,processing] (it need not have ours)
 Rates are of UTF-8 text. Start-up (imports) is left out of all; "whole command" has it for all but the raw sides. CPU seconds count every process and
-thread, less those of the same command on one document: where other work shares the cores they compare better than the clock.
+thread, less those of the same command on one document for each worker, so that all of them start: where other work shares the cores they compare
+better than the clock.
 """
 
 import argparse
@@ -26,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from functools import partial
 from importlib import metadata
@@ -46,6 +52,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     corpus = make_corpus(work / f"corpus_{arguments.megabytes}.jsonl", arguments.megabytes)
     arguments.tokenizer = arguments.tokenizer or train_tokenizer(work / "tokenizer", corpus)
+    if arguments.chunks:
+        compare_chunks(corpus, arguments.tokenizer)
+        return
     others = {
         "raw fastokens": arguments.fastokens,
         "fastokens": arguments.fastokens,
@@ -54,8 +63,9 @@ def main() -> None:
     }
     names = ["raw", "raw fast", "ours", *(name for name, given in others.items() if given)]
     print("".join(f"{name} is left out: --{name.removeprefix('raw ')} was not given\n" for name, given in others.items() if not given), end="")
-    one = make_one_document(work / "one.jsonl", corpus)
-    start_up = {name: measure(name, arguments, one)["cpu"] for name in names if not name.startswith("raw")}
+    few = make_few_documents(work / "few.jsonl", corpus, arguments.workers)
+    start_up = {name: measure(name, arguments, few)["cpu"] for name in names if not name.startswith("raw")}
+    print(f"start-up, CPU s: {start_up}", flush=True)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(arguments.runs):
         for name in names:
@@ -89,10 +99,10 @@ def make_corpus(path: Path, megabytes: int) -> Path:
     return path
 
 
-def make_one_document(path: Path, corpus: Path) -> Path:
-    """The first line of the corpus alone."""
+def make_few_documents(path: Path, corpus: Path, workers: int) -> Path:
+    """The first line of the corpus, once for each worker."""
     with corpus.open() as file:
-        path.write_text(file.readline())
+        path.write_text(file.readline() * workers)
     return path
 
 
@@ -126,6 +136,38 @@ def _texts(corpus: Path, limit: int | None = None) -> list[str]:
             if limit is not None and size >= limit:
                 break
     return texts
+
+
+def compare_chunks(corpus: Path, tokenizer: Path) -> None:
+    """Print what a worker's chunk costs beside its tokenization alone."""
+    from megatron_prism.data_prep import inputs, worker
+    from megatron_prism.data_prep.documents import Extract, read_chunk
+    from megatron_prism.data_prep.tokenizer import limit_threads, load_encoder, prepare_tokenizer
+
+    limit_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        worker._tokenizer = prepare_tokenizer(tokenizer, Path(folder))
+    worker._encode = load_encoder(worker._tokenizer)
+    raw, extract = _raw_encoder("raw fast", tokenizer / "tokenizer.json"), Extract("text", None, 0)
+    seconds: dict[str, list[float]] = {"encode_batch_fast": [], "with ids": [], "a worker": []}
+    for number, start in enumerate(range(0, corpus.stat().st_size, inputs.CHUNK_BYTES)):
+        chunk = (str(corpus), start, start + inputs.CHUNK_BYTES)
+        texts = read_chunk("range", chunk, extract).texts
+        work = [
+            ("encode_batch_fast", lambda texts=texts: sum(map(len, raw(texts)))),
+            ("with ids", lambda texts=texts: sum(len(encoding.ids) for encoding in raw(texts))),
+            ("a worker", lambda chunk=chunk: worker.tokenise("range", chunk, extract)),
+        ]
+        for name, run in work[number % 3 :] + work[: number % 3]:
+            before = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - before)
+    for name, found in seconds.items():
+        ratios = [own / alone for own, alone in zip(found, seconds["encode_batch_fast"], strict=True)]
+        quarters = statistics.quantiles(ratios, n=4)
+        print(
+            f"{name}: {sum(found):.1f} CPU s, median ratio {quarters[1]:.3f} (quarters {quarters[0]:.3f} and {quarters[2]:.3f}), {len(found)} chunks"
+        )
 
 
 def measure(name: str, arguments: argparse.Namespace, corpus: Path) -> dict[str, float]:
@@ -175,10 +217,11 @@ def _raw_encoder(name: str, file: Path) -> Any:
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from megatron_prism.data_prep import prepare
+    from megatron_prism.data_prep import inputs, prepare
     from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
 
     output = arguments.work / "ours"
+    inputs.CHUNK_BYTES = min(inputs.CHUNK_BYTES, arguments.corpus.stat().st_size // arguments.workers)  # a chunk for each worker of a few documents
     shutil.rmtree(output, ignore_errors=True)
     source = SourceConfig(name="corpus", paths=[str(arguments.corpus)])
     backend = "fastokens" if arguments.measure == "fastokens" else "hf"
@@ -287,6 +330,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--megatron-lm", type=Path, help="checkout of NVIDIA/Megatron-LM to run beside ours")
     parser.add_argument("--datatrove", type=Path, help="interpreter of an environment with datatrove[io,processing]")
     parser.add_argument("--fastokens", action="store_true", help="ours with the faster tokenizer too")
+    parser.add_argument("--chunks", action="store_true", help="instead of all that: a worker's chunks beside their tokenization alone, in turns")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder with a tokenizer.json; default: train one")
     parser.add_argument("--megabytes", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
