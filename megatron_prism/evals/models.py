@@ -4,7 +4,6 @@ Owns: telling them apart, exporting into a temporary folder. Refuses: what is no
 """
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from megatron_prism import artifact
 from megatron_prism.engine import run_folder
 from megatron_prism.errors import UserError
+from megatron_prism.temporary import TemporaryFolder
 
 HASHED_BYTES = 1 << 16
 READ_BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
@@ -79,7 +79,7 @@ def hf_folder(path: Path) -> Iterator[Path]:
         return
     from megatron_prism.engine.weights import export_hf
 
-    with tempfile.TemporaryDirectory(prefix="prism-evaluate-") as temporary:
-        exported = Path(temporary) / "hf"
+    with TemporaryFolder("export") as temporary:
+        exported = temporary.path / "hf"
         export_hf(found, exported, None)
         yield exported

@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import queue
-import shutil
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from megatron_prism.generate.room import Fitted, fit, fit_pairs
 from megatron_prism.generate.settings import BackendConfig
 from megatron_prism.generate.text import Speller, end_of_sequence_ids
 from megatron_prism.generate.vllm_server import NAME, Server
+from megatron_prism.temporary import TemporaryFolder
 
 COMPLETIONS = "/v1/completions"
 Body = dict[str, Any]
@@ -44,7 +43,7 @@ class VllmGenerator(Generator):
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
         self.positions = min((limit for limit in (named, config.max_model_len) if limit is not None), default=None)
         self.longest_pair = None if self.positions is None else self.positions - 1  # vLLM always writes a token more
-        self._new_weights: Path | None = None
+        self._new_weights: TemporaryFolder | None = None
         groups = gpu_groups(config, os.environ)
         self.servers = [Server(folder, config, self.positions, gpus, label=_label(index)) for index, gpus in enumerate(groups)]
 
@@ -164,12 +163,12 @@ class VllmGenerator(Generator):
         """See `interface.Generator`. Through a folder of its own, which the servers read: a whole model on disk, in temporary space."""
         from megatron_prism.generate.weights_folder import write_weights
 
-        folder = Path(tempfile.mkdtemp(prefix="prism-weights-"))
+        folder = TemporaryFolder("new-weights")
         try:
-            write_weights(tensors, like=self.folder, output=folder)
-            self.reload(folder)
+            write_weights(tensors, like=self.folder, output=folder.path)
+            self.reload(folder.path)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
             raise
         self._drop_new_weights()
         self._new_weights = folder
@@ -183,7 +182,7 @@ class VllmGenerator(Generator):
 
     def _drop_new_weights(self) -> None:
         if self._new_weights is not None:
-            shutil.rmtree(self._new_weights, ignore_errors=True)
+            self._new_weights.remove()
             self._new_weights = None
 
     def close(self) -> None:

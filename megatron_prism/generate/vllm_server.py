@@ -12,11 +12,9 @@ import http.client
 import json
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from typing import IO, Any
 
 from megatron_prism.errors import UserError
 from megatron_prism.generate.settings import BackendConfig
+from megatron_prism.temporary import TemporaryFolder
 
 PYTHON = "PRISM_VLLM_PYTHON"
 """Environment variable: the Python of vLLM's environment, where the settings name none."""
@@ -52,7 +51,8 @@ class Server:
     def __init__(self, folder: Path, config: BackendConfig, max_model_len: int | None, gpus: Sequence[str] | None = None, label: str = "0"):
         self.folder, self.config, self.max_model_len, self.gpus, self.label = folder, config, max_model_len, gpus, label
         self.python = find_python(config.python)
-        self.home = Path(tempfile.mkdtemp(prefix="prism-vllm-", dir="/tmp"))  # a socket's path must stay under 108 characters
+        self.folder_of_its_own = TemporaryFolder("vllm-server", Path("/tmp"))  # a socket's path must stay under 108 characters
+        self.home = self.folder_of_its_own.path
         log_folder = config.log if config.log is not None else self.home
         log_folder.mkdir(parents=True, exist_ok=True)
         self.log = log_folder / f"vllm-{label}.log"
@@ -215,8 +215,10 @@ class Server:
         """End the server and its children, and remove its temporary folder, unless an error has named the log in it."""
         self.closing = True
         self._end()
-        if not (self.failed and self.log.is_relative_to(self.home)):
-            shutil.rmtree(self.home, ignore_errors=True)
+        if self.failed and self.log.is_relative_to(self.home):
+            self.folder_of_its_own.keep()
+        else:
+            self.folder_of_its_own.remove()
 
 
 class _Connection(http.client.HTTPConnection):

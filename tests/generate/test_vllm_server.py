@@ -22,6 +22,7 @@ from megatron_prism.generate import Request, Sampling, vllm_server
 from megatron_prism.generate.settings import BackendConfig
 from megatron_prism.generate.vllm_backend import VllmGenerator, gpu_groups, stream_seed
 from megatron_prism.generate.vllm_server import PYTHON
+from megatron_prism.temporary import clear
 
 REQUESTS = [Request((place % 200 + 1,), place) for place in range(40)]
 
@@ -120,13 +121,18 @@ def test_closing_ends_the_server_and_its_children(folder: Path, tmp_path: Path, 
 
 def test_a_killed_parent_leaves_no_server_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
-    code = f"from megatron_prism import generate; generator = generate.load({str(folder)!r}, 'vllm'); print('ready', flush=True); input()"
+    opened = f"generator = generate.load({str(folder)!r}, 'vllm')"
+    code = f"from megatron_prism import generate; {opened}; print(generator.servers[0].home, flush=True); input()"
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+    assert parent.stdout is not None
+    home = Path(parent.stdout.readline().strip())
     assert len(alive(tmp_path / "pids")) == 2
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert until(lambda: alive(tmp_path / "pids") == [])
+    assert home.name.startswith("prism-vllm-server-") and home.is_dir()
+    clear("vllm-server", home.parent)
+    assert not home.exists()
 
 
 def test_an_error_in_the_callers_hands_hangs_up_and_the_next_call_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

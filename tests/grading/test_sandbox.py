@@ -19,6 +19,7 @@ from hostile_programs import LIMITS
 from megatron_prism.errors import UserError
 from megatron_prism.grading import sandbox
 from megatron_prism.grading.sandbox import Limits, Outcome, Sandbox, SandboxError
+from megatron_prism.temporary import clear
 
 
 def run(program: str, stdin: str = "", limits: Limits = LIMITS, **settings: Any) -> Outcome:
@@ -196,7 +197,7 @@ def test_a_folder_that_cannot_be_cleared_costs_a_new_sandbox() -> None:
 def test_nothing_outlives_the_sandbox() -> None:
     with Sandbox("print(1)", LIMITS) as box:
         box.run()
-        folder = box._folder
+        folder = box._folder and box._folder.path
         assert folder is not None and folder.exists()
         assert box._process is not None
         pids = [box._process.pid, *_tree(box._process.pid)]
@@ -303,3 +304,18 @@ def test_a_broken_sandbox_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SandboxError), Sandbox("print(1)") as box:
         box.run()
+
+
+def test_a_grader_that_is_killed_leaves_a_folder_that_the_next_one_clears_away(tmp_path: Path) -> None:
+    script = "from megatron_prism.grading.sandbox import Sandbox; box = Sandbox('print(1)'); box.run(); print(box._folder.path, flush=True); input()"
+    grader = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    assert grader.stdout is not None
+    folder = Path(grader.stdout.readline().strip())
+    clear("program", tmp_path)
+    assert folder.is_dir()
+    grader.kill()
+    grader.wait()
+    clear("program", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -6,11 +6,9 @@ in docs/grading.md.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from typing import Literal, Self
 
 from megatron_prism.errors import UserError
 from megatron_prism.grading.sandbox.frames import EndedError, Message, descriptors, hang_up, read_frame, write_frame
+from megatron_prism.temporary import TemporaryFolder
 
 Status = Literal["ok", "runtime_error", "time_limit", "wall_limit", "output_limit"]
 UNPROTECTED = "PRISM_SANDBOX"
@@ -72,7 +71,7 @@ class Sandbox:
             raise UserError(f"graded programs run in a sandbox of Linux alone; this is {sys.platform}")
         self.program, self.limits = program, limits or Limits()
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: Path | None = None
+        self._folder: TemporaryFolder | None = None
 
     def run(self, stdin: str = "", *, function: str | None = None, arguments: Sequence[str] = (), files: Mapping[str, str] | None = None) -> Outcome:
         """The program on this standard input; with a function, that function of it on the input's lines, each one argument as JSON.
@@ -110,14 +109,14 @@ class Sandbox:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
-        self._folder = Path(tempfile.mkdtemp(prefix="prism-sandbox-"))
+        self._folder = TemporaryFolder("program")
         supervisor = Path(__file__).with_name("supervisor.py")
         process = self._process = subprocess.Popen(
             [sys.executable, "-s", "-P", "-S", "-B", "-X", "utf8", str(supervisor)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
         )
         setup = {
             "program": self.program,
-            "folder": str(self._folder),
+            "folder": str(self._folder.path),
             "readable": _readable(),
             "packages": _packages(),
             "scratch_bytes": self.limits.scratch_bytes,
@@ -149,7 +148,7 @@ class Sandbox:
             self._process.wait()
             self._process = None
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
     def __enter__(self) -> Self:
