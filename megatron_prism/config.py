@@ -50,8 +50,7 @@ class ParallelConfig(Block):
     cp: Positive = 1
     """context parallel: every sequence is cut over this many ranks"""
     cp_comm_type: CommType | None = None
-    """what TransformerEngine's attention exchanges under cp: p2p: keys and values, around a ring; a2a: tokens for heads; all_gather: keys and values,
-    at once; a2a+p2p: a2a within groups, p2p between them; none: p2p, with a sliding window a2a (docs/long_context.md)"""
+    """the exchange of TransformerEngine's attention under cp; none: p2p, with a sliding window a2a where heads allow (docs/long_context.md)"""
     hierarchical_context_parallel_sizes: tuple[Positive, Positive] | None = None
     """with a2a+p2p: ranks of each group, and groups"""
     sp: bool = False

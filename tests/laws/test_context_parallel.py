@@ -56,9 +56,9 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "llama resumed": CP,
     "mistral": {**CP, "recompute": "selective"},
     "granite": CP,
-    "granite_hybrid_rope": {**CP, "recompute": "full"},
+    "granite_hybrid_rope": {**CP, "recompute": "full", "offload_activations": "true"},
     "nemotron_h": {**CP, **SAVED},
-    "llama packed": {**CP, **PACKED, **SAVED, "recompute": "full"},
+    "llama packed": {**CP, **PACKED, **SAVED, "recompute": "full", "keep_attention": "true"},
     "mistral packed": {**CP, **PACKED},
     "nemotron_h packed": {**CP, **PACKED},
 }
