@@ -5,6 +5,7 @@ model whose cache is made of keys and values (whole or of a sliding window) and 
 
 Rows stand right-aligned in the cache: columns on the left that a row does not use are masked. New requests are read in a batch of their own, and
 the two caches are joined, the narrower one padded on the left; keys carry their rotary positions, so that moving a column changes nothing.
+A prompt longer than a chunk (`chunks`) is read alone, a chunk at a time, so that its length costs memory for its cache only.
 
 Legend: b rows of the batch, w columns of the cache, v vocabulary. Owns: rows, caches, choosing. Refuses: caches of other kinds.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_prism.generate import chunks
 from megatron_prism.generate.interface import Sampling
 from megatron_prism.generate.room import Fitted
 
@@ -65,7 +67,7 @@ class Decoder:
         while waiting or batch is not None:
             free = self.batch_size - (len(batch.rows) if batch is not None else 0)
             if waiting and (batch is None or free >= max(1, self.batch_size // 8)):  # reading one request at a time would stall the others
-                new = self._leave(self._read([waiting.popleft() for _ in range(min(free, len(waiting)))]), on_row)
+                new = self._leave(self._read(_next(waiting, free)), on_row)
                 batch = _join(batch, new) if batch is not None and new is not None else batch or new
             elif batch is not None:
                 self._step(batch)
@@ -79,25 +81,33 @@ class Decoder:
         ids_bw, mask_bw = (torch.tensor(table, device=self.model.device) for table in (padded, mask))
         rows = [Row(fitted, self._stream(fitted)) for fitted in requests]
         batch = Batch(rows, None, mask_bw)
-        self._forward(batch, ids_bw, (mask_bw.cumsum(-1) - 1).clamp(min=0))
+        positions_bw = (mask_bw.cumsum(-1) - 1).clamp(min=0)
+        for part in chunks.chunks(width):
+            logits_bv = self._forward(batch, ids_bw[:, part], positions_bw[:, part], mask_bw[:, : part.stop])
+        self._write(rows, logits_bv)
         return batch
 
     def _step(self, batch: Batch) -> None:
         """One more token of every row."""
         batch.mask_bw = pad(batch.mask_bw, (0, 1), value=1)
         ids_b1 = torch.tensor([row.tokens[-1:] for row in batch.rows], device=self.model.device)
-        self._forward(batch, ids_b1, torch.tensor([[row.length] for row in batch.rows], device=self.model.device))
+        positions_b1 = torch.tensor([[row.length] for row in batch.rows], device=self.model.device)
+        self._write(batch.rows, self._forward(batch, ids_b1, positions_b1, batch.mask_bw))
 
-    def _forward(self, batch: Batch, ids: Tensor, positions: Tensor) -> None:
+    def _forward(self, batch: Batch, ids: Tensor, positions: Tensor, mask_bw: Tensor) -> Tensor:
+        """Read tokens that follow those in the cache; returns the logits [b, v] after the last one."""
         where = {"position_ids": positions} if self.takes_positions else {}
         found = self.model(
-            input_ids=ids, attention_mask=batch.mask_bw, past_key_values=batch.cache, use_cache=True, **where, **self.last_only
+            input_ids=ids, attention_mask=mask_bw, past_key_values=batch.cache, use_cache=True, **where, **self.last_only
         )  # fmt: skip
         batch.cache = found.past_key_values
-        logits_bv = found.logits[:, -1].float()
-        chosen_b = self._choose(batch.rows, logits_bv)
+        return found.logits[:, -1].float()
+
+    def _write(self, rows: list[Row], logits_bv: Tensor) -> None:
+        """Each row's next token."""
+        chosen_b = self._choose(rows, logits_bv)
         logprob_b = torch.log_softmax(logits_bv, dim=-1).gather(-1, chosen_b[:, None])[:, 0]
-        for row, token, logprob in zip(batch.rows, chosen_b.tolist(), logprob_b.tolist(), strict=True):
+        for row, token, logprob in zip(rows, chosen_b.tolist(), logprob_b.tolist(), strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
 
@@ -119,6 +129,14 @@ class Decoder:
                 on_row(row)
         kept = [place for place, is_done in enumerate(done) if not is_done]
         return batch if len(kept) == len(done) else _select(batch, kept) if kept else None
+
+
+def _next(waiting: deque[Fitted], free: int) -> list[Fitted]:
+    """The requests to read next, shortest first: as many as fit one chunk each, or one longer one."""
+    found = [waiting.popleft()]
+    while waiting and len(found) < free and len(waiting[0].prompt) <= chunks.CHUNK_TOKENS:
+        found.append(waiting.popleft())
+    return found
 
 
 def draw(logits_bv: Tensor, temperature: float, top_p: float, uniform_b: Tensor) -> Tensor:

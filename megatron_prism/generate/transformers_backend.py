@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_prism.errors import UserError
+from megatron_prism.generate import chunks
 from megatron_prism.generate.continuous import Decoder, Row
 from megatron_prism.generate.interface import Generator, NamedTensors, OnDone, OnTooLong, Request, Sampling, Scored
 from megatron_prism.generate.room import fit, fit_pairs
@@ -79,12 +81,16 @@ class TransformersGenerator(Generator):
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
-        """See `interface.Generator`. Rows of similar length together, padded on the right, where causal models do not look."""
+        """See `interface.Generator`. Rows of similar length together, padded on the right, where causal models do not look; long ones in chunks."""
         fitted = fit_pairs(pairs, self.longest_pair, self.on_too_long)
         order = sorted(range(len(fitted)), key=lambda place: -sum(map(len, fitted[place])))
         scored: dict[int, Scored] = {}
         while order:
             width = sum(map(len, fitted[order[0]]))
+            if width > chunks.CHUNK_TOKENS:
+                longest = order.pop(0)
+                scored[longest] = self._score_long(*fitted[longest])
+                continue
             count = max(1, min(self.batch_size, SCORED_LOGITS // (width * self.model.config.vocab_size)))
             batch, order = order[:count], order[count:]
             scored.update(zip(batch, self._score_batch([fitted[place] for place in batch], width), strict=True))
@@ -92,13 +98,18 @@ class TransformersGenerator(Generator):
 
     def _score_batch(self, pairs: list[tuple[list[int], list[int]]], width: int) -> Iterator[Scored]:
         rows = [[*prompt, *continuation][:-1] for prompt, continuation in pairs]
-        ids = torch.tensor([row + [0] * (width - 1 - len(row)) for row in rows], device=self.model.device)
+        ids = torch.tensor([row + [0] * (max(width - 1, 1) - len(row)) for row in rows], device=self.model.device)
         logits = self.model(input_ids=ids, use_cache=False).logits
         for (prompt, continuation), row in zip(pairs, logits, strict=True):
-            table = row[len(prompt) - 1 : len(prompt) - 1 + len(continuation)].float().log_softmax(-1)
-            tokens = torch.tensor(list(continuation), dtype=torch.long, device=table.device)
-            logprobs = table.gather(-1, tokens[:, None])[:, 0]
-            yield Scored(tuple(logprobs.tolist()), bool((table.argmax(-1) == tokens).all()))
+            yield _scored(row[len(prompt) - 1 : len(prompt) - 1 + len(continuation)], continuation)
+
+    def _score_long(self, prompt: list[int], continuation: list[int]) -> Scored:
+        text, first, found = [*prompt, *continuation], len(prompt) - 1, Scored((), True)
+        for part, logits in chunks.logits_of(self.model, text[:-1]):
+            begin = max(part.start, first)
+            judged = _scored(logits[begin - part.start :], text[begin + 1 : part.stop + 1])
+            found = Scored(found.logprobs + judged.logprobs, found.greedy and judged.greedy)
+        return found
 
     @torch.no_grad()
     def update_weights(self, tensors: NamedTensors) -> None:
@@ -125,6 +136,13 @@ class TransformersGenerator(Generator):
     def close(self) -> None:
         """See `interface.Generator`."""
         self.model = None
+
+
+def _scored(logits_cv: Tensor, tokens: Sequence[int]) -> Scored:
+    """Each token under the logits of its place."""
+    table_cv = logits_cv.float().log_softmax(-1)
+    ids_c = torch.tensor(tokens, dtype=torch.long, device=table_cv.device)
+    return Scored(tuple(table_cv.gather(-1, ids_c[:, None])[:, 0].tolist()), bool((table_cv.argmax(-1) == ids_c).all()))
 
 
 def _read_model(folder: Path, dtype: str) -> Any:
