@@ -68,14 +68,15 @@ class ModelRun:
         """Do this rank's share; on rank 0, wait for the others' and return the model's scores."""
         with self._open:
             tasks = {task.name: self._task(task, selection) for task, selection in self.evaluation.tasks}
-            perplexity = self.before.get("perplexity") or self._perplexity()
+            measured_as = {part.source: self._measured_as(part) for part in self.evaluation.held_out}
+            perplexity = self.before["perplexity"] if self.before.get("perplexity_of") == measured_as else self._perplexity()
         if not self.ranks.is_main:
             return None
         parameters = self.before.get("parameters") or num_parameters(self.hf_folder)
         shutil.rmtree(self.exported, ignore_errors=True)
         found: dict[str, Any] = {"path": str(self.model.path), "fingerprint": self.fingerprint, "parameters": parameters}
         if perplexity:
-            found["perplexity"] = perplexity
+            found |= {"perplexity": perplexity, "perplexity_of": measured_as}
         if tasks:
             found["tasks"] = tasks
         if self.model.paper:
@@ -177,8 +178,9 @@ class ModelRun:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return record["likelihood"] if record.get("of") == self._measured_as(part) else None
 
-    def _measured_as(self, part: "HeldOut") -> list[Any]:
-        return [self.fingerprint, self.cfg.generation.dtype, [len(window) for window in part.windows]]
+    def _measured_as(self, part: "HeldOut") -> list[str]:
+        """What the figures of a source depend on."""
+        return [self.fingerprint, self.cfg.generation.dtype, part.domain, part.digest]
 
     def _likelihood_path(self, part: "HeldOut") -> Path:
         return self.parts / "perplexity" / f"{part.source}.json"

@@ -10,9 +10,11 @@ Owns: choosing windows, summing, adding sources up to domains. Refuses: a model 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megatron_prism.data_prep.blend import Blend
@@ -53,6 +55,14 @@ class HeldOut:
     windows: list[NDArray[np.int64]]
     end_of_document: int
     vocab_size: int
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the windows: their tokens and where they are cut."""
+        hasher = xxhash.xxh64()
+        for window in self.windows:
+            hasher.update(len(window).to_bytes(8, "big") + window.tobytes())
+        return hasher.hexdigest()
 
 
 def held_out(blend: Blend, seq_len: int, max_tokens: int | None) -> list[HeldOut]:

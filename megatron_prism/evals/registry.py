@@ -191,6 +191,8 @@ class Task(Block):
                 if name in found:
                     raise UserError(f"task {self.name}: {row.place} is a second question of the name {asked.id}; is a file there twice?")
                 found[name] = Question(asked.text, asked.grader, self.dataset, asked.entry, self.extraction, name)
+        if not found:
+            raise UserError(f"task {self.name}: no question is left of {num_rows} rows ({dict(dropped) or 'the files are empty'})")
         if limit is None and len(found) != self.num_questions:
             message = f"task {self.name}: {len(found)} questions of {num_rows} rows, where the benchmark has {self.num_questions}"
             warnings.warn(f"{message}: scores are not the benchmark's", stacklevel=3)

@@ -10,12 +10,14 @@ an equation the last side counts, and it alone), lists and sets without their or
 
 import logging
 import re
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from megatron_prism.grading.question import Grade, Question
 
 ANSWER_CHARACTERS = 10_000
+GOLDS = 4096
+"""questions' answers that a grading process remembers; a training run asks without end"""
 
 
 def grade_mathematics(question: Question, answer: str) -> Grade:
@@ -41,7 +43,7 @@ def _bare(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", spaced).removesuffix(".")  # "1 1/2" is not 11/2
 
 
-@cache
+@lru_cache(GOLDS)
 def _gold(text: str) -> list[Any]:
     return _parse(text)
 

@@ -164,6 +164,12 @@ def test_all_rows_may_stand_in_one_file_named_for_the_task(tmp_path: Path) -> No
     assert (question.id, question.entry["answer"]) == ("aime25/aime25.jsonl:1", "2")
 
 
+def test_a_task_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "aime24.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"task aime24: no question is left of 0 rows \(the files are empty\)"):
+        load_task("aime24").questions(data_dir=tmp_path)
+
+
 def test_missing_files_are_named_with_what_to_put_where(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_task("aime25").questions(data_dir=tmp_path)

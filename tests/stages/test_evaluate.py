@@ -114,6 +114,24 @@ def test_sampled_evaluation_counts_every_completion(place: Path) -> None:
     assert set(scores["one"]["tasks"]["sums"]["pass_at"]) == {"1", "2", "3"}
 
 
+def test_held_out_text_that_changed_meanwhile_is_measured_again(place: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(place / "data", tmp_path / "data")
+    changes = {"models": [{"name": "one", "path": str(place / "one")}], "tasks": None}
+    blend = {"seq_len": 16, "batch_size": 4, "blend": str(data)}
+    before = _run(place, "changing", **changes, perplexity=blend)
+    shutil.rmtree(data)
+    for file in ("prose", "code"):
+        text = (place / f"{file}.jsonl").read_text()
+        (tmp_path / f"{file}.jsonl").write_text(text.replace("a", "e"))
+    sources = [{"name": name, "domain": name, "weight": 1.0, "paths": [str(tmp_path / f"{name}.jsonl")]} for name in ("prose", "code")]
+    recipe = {"output": str(data), "tokenizer": str(place / "one"), "source": sources, "validation_fraction": 0.3, "workers": 1}
+    prep.run(validate(recipe, prep.Config, where="test"))
+    (place / "changing" / "COMPLETE").unlink()
+    after = _run(place, "changing", **changes, perplexity=blend)
+    fresh = _run(place, "fresh", **changes, perplexity=blend)
+    assert after["one"]["perplexity"] == fresh["one"]["perplexity"] != before["one"]["perplexity"]
+
+
 def test_vllm_servers_are_gone_before_perplexity_takes_their_memory(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PYTHON, str(stand_in(tmp_path)))
     monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
