@@ -8,7 +8,6 @@ scores; the copies and the export are dropped. One that is killed goes on where 
 Owns: that evaluating changes nothing of the training (`apart`). Refuses, before training: unknown tasks, missing data, questions that do not fit.
 """
 
-import json
 import math
 import random
 import shutil
@@ -95,9 +94,8 @@ class InlineEvaluation:
         from megatron_prism.generate.room import fit
         from megatron_prism.grading.graders import check_question
 
-        folder = recipe.model_files(self.cfg)
-        tokenizer = AutoTokenizer.from_pretrained(self.cfg.model.tokenizer or folder, local_files_only=True)
-        positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+        tokenizer = AutoTokenizer.from_pretrained(self.cfg.model.tokenizer or recipe.model_files(self.cfg), local_files_only=True)
+        positions = recipe.trained_config(self.cfg)[0].get("max_position_embeddings")
         for task, selection in self.tasks:
             for question in selection.questions:
                 check_question(question)
