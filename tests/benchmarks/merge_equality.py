@@ -1,10 +1,10 @@
-"""`prism merge` beside mergekit on the same Hugging Face folders: every element's distance in ulps of fp32, seconds and peak memory of both.
+"""`prism merge` beside mergekit on the same Hugging Face folders: how far apart every element is, and seconds and peak memory of both.
 
-    python tests/benchmarks/merge_equality.py --mergekit VENV/bin/mergekit-yaml [--work DIR] [--layers 24 --hidden 1024]
+    python tests/benchmarks/merge_equality.py --mergekit VENV/bin/python [--work DIR] [--layers 24 --hidden 1024 --rounds 2]
 
 mergekit lives in an environment of its own (pip install torch==2.13.0 mergekit). Models: random ones of the families that it knows, in fp32 and
-bf16, merged by 0.15 and 0.85, by three weights that it divides by their sum, and by slerp; results in fp32. Ours also from checkpoints of other
-layouts. Then a larger LLaMA for time and memory. Exit status 1 where linear differs by more than 1 ulp.
+bf16; results in fp32. Linear: distance in ulps of fp32, ours from folders and, the last model, from a checkpoint of another layout; exit status 1
+above 1. slerp sums in another order: largest difference relative to the tensor's largest element. Then a larger LLaMA, in turns, for time and memory.
 """
 
 import argparse
@@ -25,65 +25,95 @@ import torch
 from safetensors import safe_open
 from tiny_models import write_llama, write_tiny
 
-FAMILIES = ("llama", "mistral", "granite", "granite_hybrid")
+from megatron_prism.config import validate
+from megatron_prism.stages import convert, merge
+
+FAMILIES = ("llama", "mistral", "granite")
+"""its Granite 4 wants experts"""
 CASES: dict[str, tuple[list[float], str]] = {
     "0.15 : 0.85": ([0.15, 0.85], "linear"),
     "1 : 2 : 5": ([1.0, 2.0, 5.0], "linear"),
     "slerp, 0.85": ([0.15, 0.85], "slerp"),
 }
+MERGEKIT = """
+import json, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+for output, content in json.load(open(sys.argv[1])):
+    run_merge(MergeConfiguration.model_validate(content), output, MergeOptions(lazy_unpickle=True, quiet=True))
+"""
+"""runs in mergekit's own environment"""
 
 
 def main() -> None:
     """Compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", type=Path, required=True, help="its mergekit-yaml")
+    parser.add_argument("--mergekit", type=Path, required=True, help="python of its environment")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        worst = max(compare_family(Path(work), options.mergekit, name, dtype) for name in FAMILIES for dtype in (torch.float32, torch.bfloat16))
+        worst = compare(Path(work), options.mergekit)
         clock(Path(work), options)
     sys.exit(worst > 1.0)
 
 
-def compare_family(work: Path, mergekit: Path, name: str, dtype: torch.dtype) -> float:
-    """The largest distance over the linear cases of one family, in ulps."""
-    root = work / f"{name}_{str(dtype).removeprefix('torch.')}"
-    models = [write_tiny(name, root / f"model{seed}", dtype, seed=seed) for seed in range(3)]
-    for number, model in enumerate(models):
-        run([sys.executable, "-m", "megatron_prism", "convert", "import", model, root / f"checkpoint{number}", "--tp", 2, "--pp", 2])
+def compare(work: Path, mergekit: Path) -> float:
+    """Print every family and case; the largest distance of the linear ones, in ulps."""
+    places = [(work / f"{name}_{str(kind).removeprefix('torch.')}", name, kind) for name in FAMILIES for kind in (torch.float32, torch.bfloat16)]
+    for root, name, kind in places:
+        for seed in range(3):
+            write_tiny(name, root / f"model{seed}", kind, seed=seed)
+    by_mergekit(mergekit, work, [(root / f"theirs {case}", content(models(root, case), case)) for root, _, _ in places for case in CASES])
     worst = 0.0
-    for case, (weights, method) in CASES.items():
-        chosen = models[: len(weights)]
-        theirs, _, _ = by_mergekit(mergekit, root / f"{method}{len(weights)}", chosen, weights, method)
-        ours, _, _ = by_prism(root / f"ours_{method}{len(weights)}", chosen, weights, method)
-        mixed, _, _ = by_prism(root / f"mixed_{method}{len(weights)}", [*chosen[:-1], root / f"checkpoint{len(weights) - 1}"], weights, method)
-        found, again = distance(ours, theirs), distance(mixed, ours)
-        print(f"{root.name:24} {case:12} largest distance to mergekit {found:g} ulp; from a checkpoint {again:g} ulp to that", flush=True)
-        worst = max(worst, again, found if method == "linear" else 0.0)
+    for root, _, _ in places:
+        for case, (_, method) in CASES.items():
+            theirs, ours = tensors(root / f"theirs {case}"), tensors(by_prism(root / f"ours {case}", models(root, case), case))
+            mixed = tensors(by_prism(root / f"mixed {case}", [*models(root, case)[:-1], checkpoint(models(root, case)[-1])], case))
+            assert all(np.array_equal(mixed[name], ours[name]) for name in ours), "a checkpoint is the folder that it was made from"
+            found = ulps(ours, theirs) if method == "linear" else relative(ours, theirs)
+            print(f"{root.name:24} {case:12} {found:g} {'ulp' if method == 'linear' else 'relative'}", flush=True)
+            worst = max(worst, found if method == "linear" else 0.0)
     return worst
 
 
-def by_mergekit(command: Path, output: Path, models: list[Path], weights: list[float], method: str) -> tuple[Path, float, float]:
-    """mergekit's result, seconds and peak memory in MiB."""
-    listed: list[dict[str, Any]] = [{"model": str(model)} for model in models]
-    content: dict[str, Any] = {"models": listed, "merge_method": method, "dtype": "float32"}
-    if method == "linear":
-        for entry, weight in zip(listed, weights, strict=True):
-            entry["parameters"] = {"weight": weight}
-    else:
-        content |= {"base_model": str(models[0]), "parameters": {"t": weights[1] / sum(weights)}}
-    recipe = output.with_suffix(".yml")
-    recipe.write_text(json.dumps(content))  # JSON is YAML
-    return (output, *run([command, recipe, output, "--lazy-unpickle"]))
+def models(root: Path, case: str) -> list[Path]:
+    """The folders that a case merges."""
+    return [root / f"model{seed}" for seed in range(len(CASES[case][0]))]
 
 
-def by_prism(output: Path, models: list[Path], weights: list[float], method: str) -> tuple[Path, float, float]:
-    """Our result, seconds and peak memory in MiB."""
-    listed = ", ".join(f'{{path = "{model}", weight = {weight}}}' for model, weight in zip(models, weights, strict=True))
-    words = [f"models=[{listed}]", f"output={output}", f"method={method}", "format=hf", "dtype=float32", "normalize=true"]
-    return (output, *run([sys.executable, "-m", "megatron_prism", "merge", *words]))
+def content(folders: list[Path], case: str) -> dict[str, Any]:
+    """A case as mergekit's configuration."""
+    weights, method = CASES[case]
+    listed: list[dict[str, Any]] = [{"model": str(folder)} for folder in folders]
+    if method == "slerp":
+        return {"models": listed, "merge_method": method, "dtype": "float32", "base_model": str(folders[0]), "parameters": {"t": weights[1]}}
+    weighed = [{**entry, "parameters": {"weight": weight}} for entry, weight in zip(listed, weights, strict=True)]
+    return {"models": weighed, "merge_method": method, "dtype": "float32"}
+
+
+def by_mergekit(python: Path, work: Path, merges: list[tuple[Path, dict[str, Any]]]) -> tuple[float, float]:
+    """Make them in one process; its seconds and peak memory in MiB."""
+    (work / "merges.json").write_text(json.dumps([(str(output), made) for output, made in merges]))
+    return run([python, "-c", MERGEKIT, work / "merges.json"])
+
+
+def by_prism(output: Path, folders: list[Path], case: str) -> Path:
+    """Our result, made here."""
+    weights, method = CASES[case]
+    listed = [{"path": str(folder), "weight": weight} for folder, weight in zip(folders, weights, strict=True)]
+    settings = {"models": listed, "output": str(output), "method": method, "format": "hf", "dtype": "float32", "normalize": True}
+    return merge.run(validate(settings, merge.Config, "case"))
+
+
+def checkpoint(folder: Path) -> Path:
+    """The folder as a checkpoint for tp=2, pp=2."""
+    output = folder.with_name(f"{folder.name}_checkpoint")
+    if not output.exists():
+        convert.run(validate({"direction": "import", "source": str(folder), "output": str(output), "tp": 2, "pp": 2}, convert.Config, "case"))
+    return output
 
 
 def run(command: list[Any]) -> tuple[float, float]:
@@ -99,36 +129,40 @@ def run(command: list[Any]) -> tuple[float, float]:
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder, widened to fp32 (exactly)."""
+    """Every tensor of a folder, widened to fp32 (exactly); not an LM head that is stored beside the embedding it is tied to."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             found |= {name: opened.get_tensor(name).float().numpy() for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    return found
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    return {name: tensor for name, tensor in found.items() if not (tied and name == "lm_head.weight")}
 
 
-def distance(ours: Path, theirs: Path) -> float:
-    """The largest difference of one element, in ulps of the larger; a tied LM head stored a second time is no other tensor."""
-    left, right = tensors(ours), tensors(theirs)
-    extra = (left.keys() ^ right.keys()) - {"lm_head.weight"}
-    assert not extra, extra
-    worst = 0.0
-    for name in left.keys() & right.keys():
-        ulp = np.spacing(np.maximum(np.abs(left[name]), np.abs(right[name])))
-        worst = max(worst, float((np.abs(left[name].astype(np.float64) - right[name]) / ulp).max()))
-    return worst
+def ulps(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """The largest difference of one element, in ulps of the larger."""
+    assert ours.keys() == theirs.keys()
+    units = {name: np.spacing(np.maximum(np.abs(ours[name]), np.abs(theirs[name]))) for name in ours}
+    return max(float((np.abs(ours[name].astype(np.float64) - theirs[name]) / units[name]).max()) for name in ours)
+
+
+def relative(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """The largest difference of a tensor, relative to its largest element."""
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()) for name in ours)
 
 
 def clock(work: Path, options: argparse.Namespace) -> None:
-    """Seconds and memory of both on a larger LLaMA in bf16, in shards of 100 MB."""
+    """Seconds and memory of both on a larger LLaMA in bf16, in shards of 100 MB, one process each."""
     sizes = {"num_hidden_layers": options.layers, "hidden_size": options.hidden, "intermediate_size": 4 * options.hidden, "vocab_size": 32_000}
-    models = [write_llama(work / f"large{seed}", torch.bfloat16, "100MB", seed, **sizes) for seed in (0, 1)]
-    size = sum(file.stat().st_size for file in models[0].glob("*.safetensors")) / 2**20
-    for round_number in range(2):
-        for name, (_, seconds, memory) in (
-            ("mergekit", by_mergekit(options.mergekit, work / f"large_theirs{round_number}", models, [0.15, 0.85], "linear")),
-            ("prism merge", by_prism(work / f"large_ours{round_number}", models, [0.15, 0.85], "linear")),
-        ):
+    large = [write_llama(work / f"large{seed}", torch.bfloat16, "100MB", seed, **sizes) for seed in (0, 1)]
+    size = sum(file.stat().st_size for file in large[0].glob("*.safetensors")) / 2**20
+    listed = ", ".join(f'{{path = "{folder}", weight = {weight}}}' for folder, weight in zip(large, CASES["0.15 : 0.85"][0], strict=True))
+    for number in range(options.rounds):
+        theirs = by_mergekit(options.mergekit, work, [(work / f"theirs{number}", content(large, "0.15 : 0.85"))])
+        ours = run(
+            [sys.executable, "-m", "megatron_prism", "merge", f"models=[{listed}]", f"output={work / f'ours{number}'}", "format=hf", "dtype=float32"]
+        )
+        for name, (seconds, memory) in (("mergekit", theirs), ("prism merge", ours)):
             print(f"two models of {size:,.0f} MiB: {name} {seconds:.1f} s, peak {memory:,.0f} MiB", flush=True)
 
 

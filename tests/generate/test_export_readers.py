@@ -33,6 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
     "smollm3": SIZES,
     "nemotron_h": NEMOTRON,
 }
+EXTENSIONS: dict[str, dict[str, Any]] = {
+    "theta": {"theta": 1e7},
+    "ntk": {},
+    "linear": {},
+    "yarn": {"beta_fast": 4.0},
+    "llama3": {"factor": 4.0},
+}
 TOLERANCE = 1e-4
 """of a log-probability: fp32 over 4 to 8 layers; found: at most 6e-5"""
 
@@ -88,6 +95,19 @@ def test_an_export_is_the_same_model_for_others(reader, name, tmp_path):
 @cases
 def test_also_in_bf16_with_a_config_that_transformers_5_wrote(reader, name, tmp_path):
     assert difference(reader, export(name, tmp_path, new_form=True, dtype=torch.bfloat16, **CASES[name]), name) < TOLERANCE
+
+
+@pytest.mark.parametrize("reader", [pytest.param(reader, marks=needs(reader)) for reader in SCRIPTS])
+@pytest.mark.parametrize("kind", EXTENSIONS)
+def test_an_extended_model_is_the_same_for_others_beyond_its_old_length(reader, kind, tmp_path):
+    """From 32 to 128 positions, over 60 tokens: config.json with a change of rotary embeddings, as `prism extend` writes it."""
+    from megatron_prism import families
+    from megatron_prism.families.extension import Extension, RopeChange, extended
+
+    before = {**TINY["llama"], **SIZES, "rope_scaling": None, "max_position_embeddings": 32}
+    model = families.find(before).model_config(before)
+    after = extended(before, model, Extension(128, rope=RopeChange(kind=kind, **EXTENSIONS[kind])))
+    assert difference(reader, export("llama", tmp_path, **after), "llama") < TOLERANCE
 
 
 @pytest.mark.parametrize("reader", [pytest.param(VLLM, marks=needs(VLLM))])
