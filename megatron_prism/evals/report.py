@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prism.evals import table
+from megatron_prism.evals import lengths, table
 from megatron_prism.evals.registry import Selection, Task
 from megatron_prism.evals.report_page import PAGE
 from megatron_prism.evals.responses import ResponseFolder
@@ -40,7 +40,7 @@ def samples(output: Path, results: Results, tasks: Sequence[tuple[Task, Selectio
 def page(results: Results, shown: Sequence[Mapping[str, Any]]) -> str:
     """The whole page."""
     tasks = list(next(iter(results["models"].values())).get("tasks", {}))
-    parts = [_notes(results), _table(results, table.rows(results))]
+    parts = [_notes(results), _table(results, table.rows(results)), lengths.section(results)]
     if tasks:
         parts += [_section("Accuracy", _bars(results, tasks)), _section("Differences", _differences(results))]
         parts += [_section(task, _table(results, table.details(results, task))) for task in tasks]
