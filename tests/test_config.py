@@ -114,7 +114,7 @@ def test_the_text_none_is_off_in_a_recipe_too(tmp_path: Path) -> None:
         ("output = 'a'\nsede = 3", "/recipe.toml: unknown key sede; did you mean seed?"),
         ("output = 'a'\n[train]\nstpes = 3", "/recipe.toml: unknown key train.stpes; did you mean train.steps?"),
         ("output = 'a'\nwarmup = 0.5", "/recipe.toml: unknown key warmup; did you mean train.warmup?"),
-        ("output = 'a'\n[parallel]\nquux = 3", "/recipe.toml: unknown key parallel.quux; known here: cp, num_layers_in_first_pipeline_stage, num"),
+        ("output = 'a'\n[parallel]\nquux = 3", "/recipe.toml: unknown key parallel.quux; known here: cp, cp_comm_type, "),
         ("output = 'a'\n[[source]]\nnome = 'x'\nname = 'x'", "/recipe.toml: unknown key source.0.nome; did you mean source.0.name?"),
         ("seed = 1", "/recipe.toml: output is missing; it has no default (folder to write)"),
         ("output = 'a'\n[train]\nsteps = '9'", '/recipe.toml: train.steps="9": input should be a valid integer (optimizer steps to take)'),

@@ -10,7 +10,7 @@ Legend: s sequence, b batch, l the same sequence after the batch, d channels, h 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -185,26 +185,23 @@ class MambaMixer(MegatronModule):
         part, xbc_sbd = self.scanned_parts[self.cp_group.rank()], x_or_xbc_sbd
         if self.share.replicated:
             xbc_sbd = torch.cat([xbc_sbd, cast(Tensor, SumGradient.apply(self._project_bc(hidden_states), self.tp_group))], dim=-1)
-        sent = [torch.cat([*to.cut(xbc_sbd, -1), dt_sbh[..., to.heads]], dim=-1) for to in self.scanned_parts]
+        sent = [torch.cat([*(xbc_sbd[..., channels] for channels in to.channels), dt_sbh[..., to.heads]], dim=-1) for to in self.scanned_parts]
         whole_bld = to_channels(sent, packed, self.cp_group).transpose(0, 1)
         documents = None if packed is None else document_ids(packed, whole_bld.shape[1])
         x, bc = part.heads_held * self.mamba.head_dim, part.groups * self.mamba.state_dim
         xbc_bld, dt_blh = whole_bld.split([x + 2 * bc, part.heads_held], dim=-1)
-        weight_dk, bias_d = self._filters_of(part)
-        convolved = cast(Tensor, causal_conv1d(xbc_bld, weight_dk, bias_d, activation="silu", document_bl=documents))
-        x_bld, b_bld, c_bld = convolved.split([x, bc, bc], dim=-1)
+        x_bld, b_bld, c_bld = self._convolve_part(xbc_bld, part, documents).split([x, bc, bc], dim=-1)
         b_blgn, c_blgn = (channels.unflatten(-1, (part.groups, self.mamba.state_dim)) for channels in (b_bld, c_bld))
         y_blhp, _ = self._scan(x_bld.unflatten(-1, (part.heads_held, self.mamba.head_dim)), dt_blh, b_blgn, c_blgn, part.heads, documents)
         return to_tokens(y_blhp.flatten(2).transpose(0, 1), packed, self.cp_group)
 
-    def _filters_of(self, part: ScannedPart) -> tuple[Tensor, Tensor | None]:
-        """Weight [d, k] and bias [d] of the convolution for a part of the heads, replicated B and C among them."""
-        weight_dk, bias_d = self.conv1d.filters()
-        if self.share.replicated:
-            bc_weight_dk, bc_bias_d = self.bc_conv1d.filters()
-            weight_dk = torch.cat([weight_dk, bc_weight_dk])
-            bias_d = None if bias_d is None or bc_bias_d is None else torch.cat([bias_d, bc_bias_d])
-        return torch.cat(part.cut(weight_dk, 0)), None if bias_d is None else torch.cat(part.cut(bias_d, 0))
+    def _convolve_part(self, xbc_bld: Tensor, part: ScannedPart, documents: Tensor | None) -> Tensor:
+        """x, B and C of a part of the heads -> the same, convolved."""
+        own, shared = part.convolved
+        if not shared:
+            return cast(Tensor, self.conv1d(xbc_bld, documents, channels=own)[0])
+        x_bld, bc_bld = xbc_bld.tensor_split([own[0].stop - own[0].start], dim=-1)
+        return torch.cat([self.conv1d(x_bld, documents, channels=own)[0], self.bc_conv1d(bc_bld, documents, channels=shared)[0]], dim=-1)
 
     def _past(self, context: BaseInferenceContext | None) -> tuple[Tensor | None, Tensor | None]:
         """States left by the tokens before; none at the start of a prompt."""
@@ -284,18 +281,26 @@ class Convolution(torch.nn.Module):
         self.weight = parameter(weight, dtype, config, parallel)
         self.bias = parameter(torch.empty(channels, device=device).uniform_(-bound, bound), dtype, config, parallel) if mamba.conv_bias else None
 
-    def forward(self, x_bld: Tensor, documents: Tensor | None, past_bdk: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor | None]:
-        """-> silu of the convolution [b, l, d], and, decoding, the last inputs [b, d, k - 1]."""
-        weight_dk, bias = self.filters()
-        out = causal_conv1d(x_bld, weight_dk, bias, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=decoding)
+    def forward(
+        self,
+        x_bld: Tensor,
+        documents: Tensor | None,
+        past_bdk: Tensor | None = None,
+        decoding: bool = False,
+        channels: Sequence[slice] = (slice(None),),
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> silu of the convolution [b, l, d], and, decoding, the last inputs [b, d, k - 1]. channels: those that x has; all by default."""
+        weight, bias = self._summed(self.weight), None if self.bias is None else self._summed(self.bias)
+        weight_dk, bias_d = _rows(weight.squeeze(1), channels), None if bias is None else _rows(bias, channels)
+        out = causal_conv1d(x_bld, weight_dk, bias_d, activation="silu", document_bl=documents, initial_state_bdk=past_bdk, return_state=decoding)
         return out if isinstance(out, tuple) else (out, None)
-
-    def filters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [d, k] and bias [d]."""
-        return self._summed(self.weight).squeeze(1), None if self.bias is None else self._summed(self.bias)
 
     def _summed(self, value: Tensor) -> Tensor:
         return value if self.shared_by is None else cast(Tensor, SumGradient.apply(value, self.shared_by))
+
+
+def _rows(x: Tensor, parts: Sequence[slice]) -> Tensor:
+    return x[parts[0]] if len(parts) == 1 else torch.cat([x[part] for part in parts])
 
 
 class GatedNorm(torch.nn.Module):

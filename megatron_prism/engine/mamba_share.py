@@ -139,9 +139,14 @@ class ScannedPart:
         b, c = (share.inner + part * share.bc // 2 + first * state_dim for part in (0, 1))
         return slice(self.heads.start * head_dim, self.heads.stop * head_dim), slice(b, b + size), slice(c, c + size)
 
-    def cut(self, xbc: Tensor, dim: int) -> list[Tensor]:
-        """x, B and C of these heads out of [x|B|C] along a dimension: of activations, or of the convolution's weights."""
-        return [xbc.narrow(dim, part.start, part.stop - part.start) for part in self.channels]
+    @property
+    def convolved(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """The same channels, of the convolution and of the one of replicated B and C, which is empty where there is none."""
+        x, b, c = self.channels
+        if not self.share.replicated:
+            return (x, b, c), ()
+        b, c = (slice(part.start - self.share.inner, part.stop - self.share.inner) for part in (b, c))
+        return (x,), (b, c)
 
 
 def shifted(rows: Rows, by: int) -> Rows:

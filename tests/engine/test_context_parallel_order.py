@@ -69,7 +69,10 @@ def test_every_head_is_scanned_once_with_its_own_group(groups, tp, cp):
         channels = torch.cat([heads.repeat_interleave(3), *[made.repeat_interleave(2)] * 2])
         for rank in range(cp):
             part = ScannedPart(share, cp, rank)
-            x, b, c = part.cut(channels, 0)
+            x, b, c = (channels[where] for where in part.channels)
+            of_x, of_bc = part.convolved
+            convolved = torch.cat([channels[: share.inner][where] for where in of_x] + [channels[share.inner :][where] for where in of_bc])
+            assert not of_bc or torch.equal(convolved, torch.cat([x, b, c]))
             own = heads[part.heads]
             assert torch.equal(x, own.repeat_interleave(3))
             assert torch.equal(b, c) and len(b) == 2 * part.groups

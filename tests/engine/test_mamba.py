@@ -4,12 +4,16 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mamba_ranks as ranks_script
 import pytest
 import torch
 from mamba_ranks import CASES, DOCUMENTS, HIDDEN, draw, layer, load, mesh, packed, randomise, sizes
+
+from megatron_prism.engine import mamba
+from megatron_prism.engine.mamba_share import ScannedPart
 
 HF_BOUND = 1e-5
 """largest difference over largest value, fp32"""
@@ -139,3 +143,21 @@ def test_numbers_of_heads_stay_fp32_and_cut_parameters_are_marked():
     mixer = layer(sizes(1, 1), mesh(1)).mixer
     assert {name for name, parameter in mixer.named_parameters() if getattr(parameter, "keep_fp32", False)} == {"A_log", "D", "dt_bias"}
     assert all(getattr(parameter, "tensor_model_parallel", False) for parameter in mixer.parameters())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_parts_of_the_heads_make_the_whole_through_every_module(monkeypatch, groups):
+    """Two context-parallel ranks, each told that its tokens are all there are. DDP fetches a module's weights when that module is called."""
+    mixer = layer(sizes(groups, groups), mesh(1)).mixer
+    expected = mixer(draw(5))[0]
+    called, scanned = set(), []
+    for name, module in mixer.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    for rank in (0, 1):
+        mixer.scanned_parts, mixer.cp_group = [ScannedPart(mixer.share, 2, part) for part in (0, 1)], SimpleNamespace(rank=lambda rank=rank: rank)
+        monkeypatch.setattr(mamba, "to_channels", lambda parts, packed, group, rank=rank: parts[rank])
+        monkeypatch.setattr(mamba, "to_tokens", lambda y_sbd, packed, group: (scanned.append(y_sbd), torch.cat([y_sbd, y_sbd], dim=-1))[1])
+        mixer(draw(5))
+    monkeypatch.setattr(mamba, "to_tokens", lambda y_sbd, packed, group: torch.cat(scanned, dim=-1))
+    torch.testing.assert_close(mixer(draw(5))[0], expected, rtol=1e-5, atol=1e-6)
+    assert called == {name for name, module in mixer.named_modules() if name == "" or list(module.parameters(recurse=False))}
