@@ -3,7 +3,7 @@
 Owns: opening the models, the arithmetic, the types of the result. What is written, and how, is `weights`.
 Refuses: inputs that lack a tensor or have one of another shape (by name, before anything is written). That the models are one kind, with one
 tokenizer and fitting weights, is the stage's to check.
-Peak memory: one tensor of one input and the fp32 mean (slerp: two inputs).
+Peak memory: one tensor of one input, its fp32 form and the fp32 mean (slerp: two inputs), and the pages of one mapped shard of each folder.
 """
 
 import math

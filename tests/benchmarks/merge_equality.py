@@ -117,15 +117,23 @@ def checkpoint(folder: Path) -> Path:
 
 
 def run(command: list[Any]) -> tuple[float, float]:
-    """Seconds, and peak memory (resident, in MiB) of a command; its output is shown where it fails."""
-    started = time.perf_counter()
+    """Seconds, and peak memory (resident, in MiB, mapped files among it) of a command; its output is shown where it fails."""
+    started, peak = time.perf_counter(), 0.0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, env={**os.environ, "PYTHONSAFEPATH": "1"})
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.05)
+        if process.returncode:
             log.seek(0)
             raise SystemExit(f"{command} failed:\n{log.read().decode()[-3000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    return time.perf_counter() - started, peak
+
+
+def resident(process: int) -> float:
+    """The most that a process has had, MiB (not wait4's figure, in which a child begins with its parent's); 0 once it has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
