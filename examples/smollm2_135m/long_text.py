@@ -5,6 +5,7 @@ standard_library    Python's own modules: held out, by other authors, and in non
 Real text with real distances (a name is used far from where it was defined), and no prose. The model has certainly read much of it before.
 """
 
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
@@ -20,8 +21,10 @@ def packages(characters: int, per_package: int, total: int) -> Iterator[str]:
 
     A package's last document may be shorter: `prism prep` drops it by its length.
     """
-    folders = sorted(folder for folder in Path(sysconfig.get_paths()["purelib"]).iterdir() if folder.is_dir())
-    sources = [up_to(per_package, joined(source_files(folder), folder.parent, characters)) for folder in folders]
+    places = [Path(place) for place in sys.path if Path(place).name in {"site-packages", "dist-packages"} and Path(place).is_dir()]
+    folders = {folder.name: folder for place in reversed(places) for folder in place.iterdir() if folder.is_dir()}
+    chosen = [folder for _, folder in sorted(folders.items())]
+    sources = [up_to(per_package, joined(source_files(folder), folder.parent, characters)) for folder in chosen]
     in_turn = (text for row in zip_longest(*sources) for text in row if text is not None)
     yield from up_to(total, in_turn)
 
