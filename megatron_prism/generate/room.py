@@ -1,10 +1,17 @@
-"""Whether a prompt and what may be written after it fit the model, and what to do where they do not. Owns: the limit of each request."""
+"""Whether a prompt and what may be written after it fit the model, and what to do where they do not; how many of them fit a device at a time.
+
+Owns: the limit of each request, the memory that a row's cache takes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prism.errors import UserError
 from megatron_prism.generate.interface import OnTooLong, Request, Sampling
+
+CACHE_SHARE = 0.8
+"""of free memory, for caches; the rest is for what a chunk or a step computes, and for the layer whose cache grows"""
 
 
 @dataclass(frozen=True)
@@ -82,3 +89,18 @@ def _fit_pair(prompt: list[int], continuation: list[int], positions: int | None,
         return prompt[excess:], continuation
     fix = "; try on_too_long=truncate_left" if excess < len(prompt) else ""
     raise UserError(f"a prompt of {len(prompt)} tokens and a continuation of {len(continuation)} pass the model's limit of {positions} tokens{fix}")
+
+
+def cache_bytes_per_token(config: Any, number_bytes: int) -> int:
+    """What one token's keys and values take in a transformers model, by its config: of the layers with attention, their windows not counted on."""
+    kinds = getattr(config, "layers_block_type", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum("attention" in kind and kind != "linear_attention" for kind in kinds)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * layers * kv_heads * head_dim * number_bytes)
+
+
+def rows_in_memory(fitted: Sequence[Fitted], bytes_per_token: int, free_bytes: int) -> int:
+    """How many rows as long as the longest request's end have room for their caches; at least one, which is tried whatever there is."""
+    longest = max((len(one.prompt) + one.max_new_tokens for one in fitted), default=1)
+    return max(1, int(CACHE_SHARE * free_bytes) // max(1, longest * bytes_per_token))

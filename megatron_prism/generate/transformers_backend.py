@@ -21,7 +21,7 @@ from megatron_prism.errors import UserError
 from megatron_prism.generate import chunks
 from megatron_prism.generate.continuous import Decoder, Row
 from megatron_prism.generate.interface import Generator, NamedTensors, OnDone, OnTooLong, Request, Sampling, Scored
-from megatron_prism.generate.room import fit, fit_pairs
+from megatron_prism.generate.room import Fitted, cache_bytes_per_token, fit, fit_pairs, rows_in_memory
 from megatron_prism.generate.settings import BackendConfig
 from megatron_prism.generate.text import Speller, end_of_sequence_ids
 
@@ -76,8 +76,15 @@ class TransformersGenerator(Generator):
 
         pad_id = self.tokenizer.pad_token_id
         filler = pad_id if pad_id is not None else next(iter(speller.eos_ids), 0)
-        decoder = Decoder(self.model, sampling, self.batch_size, filler, lambda row: speller.has_ended(row.fitted.prompt, row.tokens, stop))
+        decoder = Decoder(self.model, sampling, self._rows(fitted), filler, lambda row: speller.has_ended(row.fitted.prompt, row.tokens, stop))
         decoder.run(fitted, finish)
+
+    def _rows(self, fitted: Sequence[Fitted]) -> int:
+        """Rows at a time: batch_size, or as many long ones as a GPU's free memory holds."""
+        if self.model.device.type != "cuda":
+            return self.batch_size
+        free_bytes, _ = torch.cuda.mem_get_info(self.model.device)
+        return min(self.batch_size, rows_in_memory(fitted, cache_bytes_per_token(self.model.config, self.model.dtype.itemsize), free_bytes))
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
