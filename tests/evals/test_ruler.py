@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 from scripted import Letters
+from tiny_blend import write_source
+from tiny_models import write_tokenizer
 
+from megatron_prism.data_prep.blend import Blend, BlendSource, write_blend
 from megatron_prism.errors import UserError
 from megatron_prism.evals import prompts
 from megatron_prism.evals.registry import Task, load_suite, load_task, load_tasks
@@ -132,9 +135,21 @@ def test_prose_of_yours_takes_the_place_of_the_reference(tmp_path: Path) -> None
     _, [question], found = asked("niah_single_2-4096", Letters(), 1, data_dir=tmp_path)
     assert "A tale of mine. It is short. A tale of mine." in "".join(map(chr, found.prompts[0]))
     assert "essays.txt" in question.text
-    (tmp_path / "essays.txt").write_text(" \n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "essays.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"essays\.txt holds no words: put prose there, or remove it"):
-        load_task("niah_single_2").questions(1, tmp_path)
+        load_task("niah_single_2").questions(1, empty)
+    assert load_task("niah_single_1").questions(1, empty), "noise is no prose"
+
+
+def test_a_prepared_sources_documents_can_be_the_prose(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "essays" / "tokenizer", 97)
+    source = write_source(tmp_path / "essays", "tales", "train", [[10, 11, 12], [20, 21]], 97)
+    write_blend(tmp_path / "essays" / "blend.toml", Blend(0, (BlendSource("tales", "general", 1.0, source.folder, None),)))
+    _, [question], found = asked("niah_single_2-4096", Letters(), 1, data_dir=tmp_path)
+    assert "w10 w11 w12 w20 w21 w10 w11" in "".join(map(chr, found.prompts[0]))
+    assert "prose (essays, sha256 " in question.text
 
 
 SQUAD = {

@@ -35,7 +35,7 @@ class Niah(Kind):
 
     def puzzle(self, draw: Draw) -> Puzzle:
         """See `Kind`."""
-        rng, text_hay = random.Random(draw.seed), prose(draw.data_dir)
+        rng, text_hay = random.Random(draw.seed), prose(draw.data_dir) if self.haystack == "essays" else None
         keys = distinct(self.keys, max(self.num_keys, self.num_queries), rng)
         values = {key: distinct(self.values, self.num_values, rng) for key in keys}
         needles = [self.line(key, value) for key in keys for value in values[key]]
@@ -47,7 +47,8 @@ class Niah(Kind):
         def text(template: str) -> str:
             return (template if many else _singular(template)).format(kind=self.values if many else self.values[:-1], query=query)
 
-        hay = {"noise": "lines of noise", "essays": f"prose ({text_hay.name})", "needles": "lines like the needle"}[self.haystack]
+        lines = "lines of noise" if self.haystack == "noise" else "lines like the needle"
+        hay = f"prose ({text_hay.name})" if text_hay else lines
         count = f"{len(needles)} needle{'s' * (len(needles) > 1)}"
         return Puzzle(
             text(HEAD),
@@ -63,10 +64,10 @@ class Niah(Kind):
         """A needle."""
         return NEEDLE.format(kind=self.values, key=key, value=value)
 
-    def context(self, seed: str, needles: Sequence[str], keys: Sequence[str], text_hay: Prose, size: int) -> str:
+    def context(self, seed: str, needles: Sequence[str], keys: Sequence[str], text_hay: Prose | None, size: int) -> str:
         """The haystack of `size` words of prose or lines, with the needles in it."""
         rng = random.Random(f"{seed} hay")
-        if self.haystack == "essays":
+        if text_hay is not None:
             return _among_sentences(text_hay.sentences(size), needles, rng)
         places = random.Random(f"{seed} places").sample(range(size), len(needles))
         lines = [NOISE] * size if self.haystack == "noise" else [self._other(keys, rng) for _ in range(size)]
