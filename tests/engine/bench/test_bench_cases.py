@@ -15,7 +15,7 @@ from megatron_prism.engine.bench.cases import Config, resolve
 from megatron_prism.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "bench").glob("*.toml"))
-EXAMPLES = {"families": (1, 8192), "one_h200": (1, 8192), "two_h200": (2, 8192), "long_context": (2, 131072), "long_context_one": (1, 131072)}
+SHAPES = {"families": (1, 8192), "one_h200": (1, 8192), "two_h200": (2, 8192), "long_context": (2, 131072), "long_context_one": (1, 131072)}
 """recipe -> its ranks and tokens"""
 
 
@@ -119,7 +119,7 @@ def test_refusals_are_errors_for_people(tiny, tmp_path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_whole(path: Path, tmp_path: Path):
-    ranks, seq_len = EXAMPLES[path.stem]
+    ranks, seq_len = SHAPES[path.stem]
     found = resolve(load_recipe(path, [], Config), ranks, tmp_path)
     assert len(found) >= 2
     assert all(case.train.data.seq_len == seq_len and case.train.precision == "bf16" for case in found)
