@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 760, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 84
+LEFT, RIGHT, TOP, BOTTOM = 64, 40, 32, 84
 COLOURS = ("#7c93b2", "#d98b4a", "#6aa57a", "#b46a8e", "#8b7fc7", "#b3a04a")
 LEGEND_WIDTH = 180
 
@@ -33,15 +33,16 @@ def lines(series: Mapping[str, Sequence[Point]], axes: Axes) -> str:
     """One line a name, with whiskers of one standard error."""
     points = [point for line in series.values() for point in line]
     low, high = axes.y_range or _wider(min(point.y - point.error for point in points), max(point.y + point.error for point in points))
-    first, last = (_warp(end, axes) for end in (min(point.x for point in points), max(point.x for point in points)))
+    shown = [*(point.x for point in points), *(x for x, _ in axes.x_ticks)]
+    first, last = _warp(min(shown), axes), _warp(max(shown), axes)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (_warp(x, axes) - first) / ((last - first) or 1.0)
         return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_y_tick(value, *place(points[0].x, value)) for value in _round_values(low, high)]
+    parts = [_y_tick(value, place(points[0].x, value)[1]) for value in _round_values(low, high)]
     parts += [_x_tick(label, place(x, low)[0]) for x, label in axes.x_ticks]
-    parts += [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 38, axes.x_label, "middle"), _text(8, TOP - 3, axes.y_label, "start")]
+    parts += [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 38, axes.x_label, "middle"), _text(8, 14, axes.y_label, "start")]
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         parts += [_line([(place(point.x, point.y), place(point.x, point.y - point.error)[1] - place(point.x, point.y)[1]) for point in line], colour)]
@@ -67,7 +68,7 @@ def _line(points: Sequence[tuple[tuple[float, float], float]], colour: str) -> s
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>{marks}'
 
 
-def _y_tick(value: float, _: float, y: float) -> str:
+def _y_tick(value: float, y: float) -> str:
     grid = f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#8888" stroke-width="0.5"/>'
     return grid + _text(LEFT - 8, y + 4, f"{value:g}", "end")
 

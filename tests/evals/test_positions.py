@@ -103,3 +103,9 @@ def test_a_chart_places_its_points_by_value() -> None:
     assert dots[0][1] > dots[1][1] > dots[2][1] == dots[3][1]
     assert math.isclose(dots[0][1] - dots[1][1], dots[1][1] - dots[2][1], abs_tol=0.2)
     assert "b &amp; c" in svg
+    assert all(chart.LEFT <= x <= chart.WIDTH - chart.RIGHT and chart.TOP <= y <= chart.HEIGHT - chart.BOTTOM for x, y in dots)
+    [tick] = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle"[^>]*>4k<', svg)
+    assert float(tick) == pytest.approx(dots[0][0], abs=0.2)
+    wide = chart.lines(points, chart.Axes("length", "score", [(16384, "16k"), (32768, "32k")], log_x=True))
+    [tick] = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle"[^>]*>32k<', wide)
+    assert float(tick) == pytest.approx(chart.WIDTH - chart.RIGHT), "ticks lie on the picture"
