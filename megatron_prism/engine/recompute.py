@@ -129,8 +129,8 @@ class Record:
     end: GradientEdge | None = None
     output: Tensor | Parked | None = None
     shape: torch.Size | None = None
-    kept: dict[int, Tensor | Parked] = field(default_factory=dict)
-    """dense tensors that the graph holds beside its inputs, by address, while the core runs"""
+    kept: dict[int, tuple[Tensor, Tensor | Parked]] = field(default_factory=dict)
+    """dense tensors that the graph holds beside its inputs, by address, while the core runs: none is freed meanwhile, and its address used again"""
 
     def pack(self, tensor: Tensor) -> "tuple[int, Any] | Tensor | Parked":
         """Of a tensor that the graph saves: which input it is and how it lies there, or the tensor, kept."""
@@ -139,7 +139,7 @@ class Record:
                 return place, (tensor.size(), tensor.stride(), given.stride())
         held = self.keep(tensor)
         if _extent(tensor) == tensor.numel():
-            self.kept[tensor.data_ptr()] = held
+            self.kept[tensor.data_ptr()] = tensor, held
         return held
 
     def unpack(self, held: Any) -> Tensor:
@@ -153,10 +153,9 @@ class Record:
 
     def keep_output(self, output: Tensor) -> None:
         """Keep what the core gave; once, where its own graph has saved it too, as another shape of the same memory."""
-        saved = self.kept.get(output.data_ptr())
-        numel = 0 if saved is None else (saved.host if isinstance(saved, Parked) else saved).numel()
+        saved, held = self.kept.get(output.data_ptr(), (None, None))
         assert output.is_contiguous()
-        self.output = saved if saved is not None and numel == output.numel() else self.keep(output.detach())
+        self.output = held if saved is not None and saved.numel() == output.numel() else self.keep(output.detach())
         self.shape = output.shape
 
 

@@ -1,5 +1,6 @@
 """What recomputed layers keep: attention's output, so that its core runs once; on the device or in host memory."""
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -80,3 +81,25 @@ def test_an_evaluation_keeps_nothing(tmp_path):
         chunk(ids, ids, None, labels=ids)
     parallel.stop()
     assert all(not layer.self_attention.core_attention.records for layer in chunk.decoder.layers)
+
+
+class Frees(torch.nn.Module):
+    """A core that saves a tensor for its backward pass, and whose output may lie where that was."""
+
+    def forward(self, query, key, value):
+        weights = query.sigmoid()
+        total = (weights * key).sum()
+        del weights
+        return value + total
+
+
+@pytest.mark.parametrize("size", [1 << 10, 1 << 14, 1 << 16, 1 << 18])
+def test_an_offloaded_tensor_is_not_taken_for_the_output_that_has_its_memory(monkeypatch, size):
+    monkeypatch.setattr(recompute, "MIN_BYTES", 1)
+    core = Frees()
+    core.__class__ = recompute._keeping(Frees)
+    core.records, core.store = deque(), recompute.Offload()
+    inputs = [torch.linspace(-1, 1, size) * factor for factor in (1, 2, 3)]
+    with torch.no_grad():
+        first = core(*inputs)
+    assert torch.equal(core(*(x.requires_grad_() for x in inputs)), first)
