@@ -148,7 +148,7 @@ def put_config(folder: Path, config: dict[str, Any]) -> None:
     artifact.write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     settings = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
     length = config.get("max_position_embeddings", 0)
-    if 0 < settings.get("model_max_length", 0) < length:
+    if 0 < (settings.get("model_max_length") or 0) < length:  # null in some: no limit
         artifact.write_atomic(tokenizer, json.dumps({**settings, "model_max_length": length}, indent=2, ensure_ascii=False) + "\n")
 
 

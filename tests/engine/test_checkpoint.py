@@ -97,3 +97,12 @@ def test_changed_data_is_refused_with_the_exact_difference(now, words):
     checkpoint.check_data(progress, FINGERPRINT)
     with pytest.raises(UserError, match=words):
         checkpoint.check_data(progress, now)
+
+
+@pytest.mark.parametrize(("before", "after"), [(64, 128), (256, 256), (None, None)])
+def test_a_longer_model_s_tokenizer_names_at_least_its_length(tmp_path, before, after):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": before}))
+    checkpoint.put_config(tmp_path, {"max_position_embeddings": 128})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"max_position_embeddings": 128}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"model_max_length": after}
