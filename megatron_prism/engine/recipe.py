@@ -237,6 +237,11 @@ class TrainConfig(Block):
         for key in ("keep_attention", "offload_activations"):
             if getattr(self, key) and self.recompute != "full":
                 raise ValueError(f"{key}=true is about layers that are recomputed, recompute={self.recompute} is set; set recompute=full")
+        if self.keep_attention and self.fp8 is not None and self.fp8.recipe == "delayed":
+            raise ValueError(
+                "keep_attention=true with fp8.recipe=delayed: TransformerEngine sets scales aside for a second run of attention's core, which never "
+                "comes, and memory grows with every step; use fp8.recipe=tensorwise or blockwise, or keep_attention=false"
+            )
         if self.offload_activations and self.recompute_layers is not None:
             raise ValueError(
                 f"offload_activations=true with recompute_layers={self.recompute_layers}: layers that are not recomputed keep too much to be "
