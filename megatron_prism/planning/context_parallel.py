@@ -32,8 +32,9 @@ def rules(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[st
     broken = []
     if seq_len % (2 * cp):
         half, odd = divmod(seq_len, 2)
-        fix = "make data.seq_len even" if odd else f"try parallel.cp={nearest_divisor(half, cp)}"
-        broken.append(f"parallel.cp={cp} must cut data.seq_len={seq_len} into 2*cp equal chunks; {fix}")
+        other = "" if odd else f"parallel.cp={nearest_divisor(half, cp)} or "
+        length = max(seq_len // (2 * cp), 1) * 2 * cp
+        broken.append(f"parallel.cp={cp} must cut data.seq_len={seq_len} into 2*cp equal chunks; try {other}data.seq_len={length}")
     return broken + _mamba_rules(model, parallel) + _comm_rules(model, parallel)
 
 

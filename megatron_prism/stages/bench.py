@@ -29,9 +29,10 @@ def parents(cfg: Config) -> list[Path]:
 
 
 def dry_run(cfg: Config) -> None:
-    """Print what each case would build, for the ranks of this launch (WORLD_SIZE), else one."""
+    """Print what each case would build, for the ranks of this launch (WORLD_SIZE), else the fewest that all cases allow."""
+    world_size = int(os.environ.get("WORLD_SIZE", cfg.fewest_ranks()))
     with tempfile.TemporaryDirectory() as folder:
-        for case in resolve(cfg, _world_size(), Path(folder)):
+        for case in resolve(cfg, world_size, Path(folder)):
             train = case.train
             sides = case.options.baselines if isinstance(case.options.baselines, str) else ", ".join(case.options.baselines)
             print(f"case         {case.name}: {case.options.warmup} + {case.options.steps} steps; baselines: {sides or 'none'}")

@@ -156,8 +156,8 @@ def _print_choices(found: list[choices.Choice], gpus: int, memory_gib: float | N
 
     each = f" of {memory_gib:g} GiB" if memory_gib is not None else ""
     print(f"\nlayouts on {_gpus(gpus)}{each}, {seq_len:,} tokens a sequence, bf16; GiB on the fullest rank")
-    table = Table()
-    for heading in ("tp", "pp", "cp", "dp", "recompute", "state", "activations", "all", "time", *(["fits"] if memory_gib is not None else [])):
+    table = Table()  # of headings so short that it fits 80 columns
+    for heading in ("tp", "pp", "cp", "dp", "recompute", "state", "kept", "all", "time", *(["fits"] if memory_gib is not None else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for choice in _worth_showing(found, memory_gib):
         plan, total, activations = choice.plan, choice.need.total / 2**30, choice.need.activations / 2**30
@@ -166,7 +166,9 @@ def _print_choices(found: list[choices.Choice], gpus: int, memory_gib: float | N
         cells += [f"{total - activations:.1f}", f"{activations:.1f}", f"{total:.1f}", f"{choice.relative_time:.2f}"]
         table.add_row(*cells, *([] if memory_gib is None else ["yes" if choice.need.fits(memory_gib) else "no"]))
     Console(highlight=False).print(table)
-    print("state: weights, gradients, optimizer; time: of a step, roughly, data parallelism alone being 1")
+    print("state: weights, gradients, optimizer; kept: activations; time: of a step, roughly, data parallelism alone being 1")
+    if any(choice.keep_attention for choice in found):
+        print("but attention: recompute=full with keep_attention=true")
     if memory_gib is not None:
         _print_recommendation(choices.recommended(found, memory_gib), memory_gib, gpus)
 

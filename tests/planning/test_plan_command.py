@@ -48,6 +48,12 @@ def test_a_layout_that_fits_is_recommended_with_its_overrides(capsys):
     assert "nothing fits 1 GPU of 80 GiB" in plan(capsys, "llama-3.1-8b", gpus=1, memory=80.0)
 
 
+def test_the_table_of_layouts_fits_a_terminal_of_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = plan(capsys, "llama-3.1-8b", gpus=2, memory=141.0, seq_len=131_072)
+    assert "│ 2 sp │  1 │  1 │  1 │ but attention │  67.3 │  44.9 │ 112.2 │ 1.28 │  yes │" in text
+
+
 def test_a_folder_or_its_config_json_is_a_model_too(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
     model = families.find(TINY_LLAMA).model_config(TINY_LLAMA)

@@ -237,6 +237,14 @@ def test_a_dry_run_prints_every_case_and_writes_nothing(tmp_path, capsys):
     assert not cfg.output.exists()
 
 
+def test_a_dry_run_without_a_launch_plans_for_the_fewest_ranks_that_all_cases_allow(tmp_path, capsys):
+    cfg = config(tmp_path, cases=[{"name": "cp", "train": {"parallel": {"cp": 2}}}, {"name": "dp"}])
+    bench.dry_run(cfg)
+    said = capsys.readouterr().out
+    assert "mesh         2 ranks: tp=1 pp=1 cp=2 dp=1" in said
+    assert "mesh         2 ranks: tp=1 pp=1 cp=1 dp=2" in said
+
+
 def test_two_ranks_share_one_result_and_a_rank_that_fails_alone_ends_the_run(tmp_path, run_ranks):
     write_model_files(tmp_path / "model")
     done = run_ranks(Path(__file__).parent / "bench_ranks.py", 2, str(tmp_path), check=False)

@@ -6,6 +6,7 @@ Refuses: what a training recipe refuses, keys of a training run that have no mea
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from megatron_prism import families
-from megatron_prism.config import Block, Positive, validate
+from megatron_prism.config import Block, ParallelConfig, Positive, validate
 from megatron_prism.data_prep import shards
 from megatron_prism.data_prep.blend import Blend, BlendSource, write_blend
 from megatron_prism.data_prep.manifest import BLOCK_BYTES, BlockHasher, Manifest, Shard, file_sha256, write_manifest
@@ -98,6 +99,11 @@ class Config(CaseConfig):
         if unknown:
             raise UserError(f"only={unknown}: no cases of these names; there are {', '.join(name for name, _ in found)}")
         return [(name, case) for name, case in found if self.only is None or name in self.only]
+
+    def fewest_ranks(self) -> int:
+        """The fewest that every case's tp * pp * cp divides. Errors: UserError."""
+        layouts = [_replaced(case.train.get("parallel", {}), "none", None) for _, case in self.each()]
+        return math.lcm(*(validate(layout, ParallelConfig, where="train.parallel").model_ranks for layout in layouts))
 
 
 @dataclass(frozen=True)
