@@ -30,6 +30,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "attention_factor": ("yarn",),
 }
 """option -> the kinds that have it"""
+SHAPES: dict[str, tuple[str, ...]] = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
+}
+"""kind -> what of a scaling a larger factor leaves as the checkpoint has it, where the recipe does not say it"""
 
 
 class RopeChange(Block):
@@ -90,7 +95,7 @@ def extended(config: Mapping[str, Any], model: ModelConfig, asked: Extension) ->
         _check_reach_of_the_present(model, length)
         return changed
     _check_rope(model, asked.rope)
-    theta, scaling = _new_rope(model, asked, length)
+    theta, scaling = _new_rope(config, model, asked, length)
     changed |= {"rope_theta": theta, "rope_scaling": scaling}
     if "rope_parameters" in changed:
         changed["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
@@ -174,7 +179,7 @@ def _check_rope(model: ModelConfig, rope: RopeChange) -> None:
         raise UserError(f"rope.theta={rope.theta:g} must be above the checkpoint's {model.rotary_base:g}, so that waves grow longer; raise it")
 
 
-def _new_rope(model: ModelConfig, asked: Extension, length: int) -> tuple[float, dict[str, Any] | None]:
+def _new_rope(config: Mapping[str, Any], model: ModelConfig, asked: Extension, length: int) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling)."""
     rope = asked.rope
     if rope.theta is not None:
@@ -188,10 +193,13 @@ def _new_rope(model: ModelConfig, asked: Extension, length: int) -> tuple[float,
     if rope.kind == "linear":
         return model.rotary_base, scaling
     scaling["original_max_position_embeddings"] = original
+    shape = SHAPES[rope.kind]
     if rope.kind == "llama3":
-        return model.rotary_base, scaling | {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    options = {name: getattr(rope, name) for name in ("beta_fast", "beta_slow", "attention_factor") if name in rope.model_fields_set}
-    return model.rotary_base, scaling | {name: value for name, value in options.items() if value is not None}
+        scaling |= {name: getattr(rope, name) for name in shape}
+    present = (config.get("rope_scaling") or config.get("rope_parameters") or {}) if model.rope_scaling is not None else {}
+    scaling |= {name: present[name] for name in shape if present.get(name) is not None}
+    said = {name: getattr(rope, name) for name in (*shape, "attention_factor") if name in rope.model_fields_set}
+    return model.rotary_base, scaling | {name: value for name, value in said.items() if value is not None}
 
 
 def _check_factor(model: ModelConfig, kind: Kind, factor: float, original: int, length: int) -> None:

@@ -78,6 +78,16 @@ def test_a_scaling_grows_by_its_own_kind():
     assert changed(llama, 131_072) == llama, "its factor is 8 for 8,192 to 131,072 positions"
 
 
+def test_a_larger_factor_leaves_the_shape_of_a_scaling_as_the_checkpoint_has_it():
+    shaped = {**PLAIN, "rope_scaling": {**SCALED["yarn"]["rope_scaling"], "beta_fast": 16.0, "truncate": False, "attention_factor": 1.25}}
+    expected = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "truncate": False}
+    assert changed(shaped, kind="yarn")["rope_scaling"] == expected, "the factor of queries and keys follows from the new factor"
+    assert changed(shaped, kind="yarn", beta_fast=24.0)["rope_scaling"] == {**expected, "beta_fast": 24.0}
+    waves = {"low_freq_factor": 2.0, "high_freq_factor": 8.0}
+    found = changed({**PLAIN, "rope_scaling": {**TINY["llama"]["rope_scaling"], **waves}}, kind="llama3", high_freq_factor=6.0)["rope_scaling"]
+    assert (found["low_freq_factor"], found["high_freq_factor"]) == (2.0, 6.0)
+
+
 def test_a_window_is_kept_or_removed_and_its_distance_counts():
     mistral = {**TINY["mistral"], "sliding_window": 64}
     assert changed(mistral, window="keep") == {**mistral, "max_position_embeddings": 1024}
