@@ -124,7 +124,12 @@ def test_every_layout_gives_the_curve_of_one_rank_however_uneven_the_answers(roo
     cases = {
         f"{kind} {layout}": {"set": {**settings, **KINDS[kind]}}
         for kind in KINDS
-        for layout, settings in {"dp": {}, "tp_sp": {"parallel__tp": 2, "parallel__sp": "true"}, "pp": {"parallel__pp": 2}}.items()
+        for layout, settings in {
+            "dp": {},
+            "tp_sp": {"parallel__tp": 2, "parallel__sp": "true"},
+            "pp": {"parallel__pp": 2},
+            "cp": {"parallel__cp": 2},
+        }.items()
     }
     start = {"model__checkpoint": str(root / "checkpoint")}
     found = run_cases(root, 2, cases, timeout=280, **{**SETTINGS, **start, "checkpoint__save_interval": None})
