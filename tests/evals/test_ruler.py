@@ -112,7 +112,7 @@ def test_the_frequent_words_are_those_after_the_dots() -> None:
 
 def test_a_length_that_does_not_hold_the_question_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"niah_single_1-200/.*length=200 must hold the question alone, \d+ tokens, and 128 for the answer; try length=400"
+        UserError, match=r"niah_single_1-200/.*length=200 must hold the question alone, \d+ tokens, and 128 for the answer; try length=1024"
     ):
         asked("niah_single_1-200", Letters())
 
@@ -180,6 +180,8 @@ HOTPOT = [
     ("ruler_qa_hotpot", "hotpotqa/hotpot_dev_distractor_v1.json", HOTPOT, ["Title 0 0", "Title 0 1"]),
 ])  # fmt: skip
 def test_questions_stand_among_as_many_documents_as_fit(name: str, file: str, content: Any, own: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"need {file}, and data_dir is not set; "):
+        load_task(name).questions(1, None)
     with pytest.raises(UserError, match=f"need {file}, which is not in data_dir="):
         load_task(name).questions(1, tmp_path)
     path = tmp_path / file

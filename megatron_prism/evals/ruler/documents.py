@@ -63,9 +63,8 @@ class Qa(Kind):
         """The file. Errors: UserError where it is not there, or is another."""
         file = FILES[self.corpus]
         if data_dir is None or not (data_dir / file).is_file():
-            raise UserError(
-                f"RULER's {self.corpus} questions need {file}, which is not in data_dir={data_dir}; get it where there is network, put it there"
-            )
+            missing = "and data_dir is not set" if data_dir is None else f"which is not in data_dir={data_dir}"
+            raise UserError(f"RULER's {self.corpus} questions need {file}, {missing}; get it where there is network, put it into data_dir")
         return _read(data_dir / file, self.corpus)
 
 

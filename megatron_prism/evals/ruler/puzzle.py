@@ -113,8 +113,9 @@ def fill(puzzle: Puzzle, length: int, room: Room, name: str) -> str:
     limit = length - room.answer_tokens
     low, used = puzzle.smallest, count(puzzle.smallest)
     if used > limit:
+        enough = 1 << (used + room.answer_tokens - 1).bit_length()  # the next power of two
         raise UserError(
-            f"{name}: length={length} must hold the question alone, {used} tokens, and {room.answer_tokens} for the answer; try length={2 * length}"
+            f"{name}: length={length} must hold the question alone, {used} tokens, and {room.answer_tokens} for the answer; try length={enough}"
         )
     high = None if puzzle.largest is None else puzzle.largest + 1
     step = FIRST_PROBE
