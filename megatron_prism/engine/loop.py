@@ -289,6 +289,12 @@ def _validate(run: Run) -> None:
     for batch in range(run.cfg.validation.batches):
         total += evaluate_step(run.engine, run.held_out, batch * run.cfg.global_batch)
     loss, count = total.sum(dim=0).tolist()
+    if not count:
+        samples = run.cfg.validation.batches * run.cfg.global_batch
+        raise UserError(
+            f"none of the {samples} validation samples has a token that counts (data.loss={run.cfg.data.loss}); raise validation.batches, or drop "
+            "[validation]"
+        )
     metrics = {"validation/loss": loss / count, **_by_source("validation/loss", total, run.held_out.names)}
     shown = "  ".join(f"{name.removeprefix('validation/loss/')} {value:.4f}" for name, value in metrics.items() if name.count("/") > 1)
     run.log.event(run.progress.step, metrics, f"validation at step {run.progress.step}: loss {loss / count:.4f}  ({shown})")

@@ -37,6 +37,10 @@ SHAPES: dict[str, tuple[str, ...]] = {
 """kind -> what of a scaling a larger factor leaves as the checkpoint has it, where the recipe does not say it"""
 
 
+DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_slow": 1.0, "beta_fast": 32.0}
+"""what neither recipe nor checkpoint says: LLaMA 3.1's, and those of YaRN's authors"""
+
+
 class RopeChange(Block):
     """What becomes of the rotary embeddings. `factor` is new length / original length where it is not given."""
 
@@ -49,25 +53,26 @@ class RopeChange(Block):
     """ntk, linear, yarn, llama3: how many times longer; none: largest new length / original length"""
     original_max_position_embeddings: Positive | None = None
     """the length that the model was trained with before; none: as the checkpoint's config says"""
-    low_freq_factor: PositiveFloat = 1.0
-    """llama3: waves longer than original length / this are stretched whole"""
-    high_freq_factor: PositiveFloat = 4.0
-    """llama3: waves shorter than original length / this are kept"""
-    beta_fast: PositiveFloat = 32.0
-    """yarn: waves that turn this often in the original length, or more, are kept"""
-    beta_slow: PositiveFloat = 1.0
-    """yarn: waves that turn this often or less are stretched whole"""
+    low_freq_factor: PositiveFloat | None = None
+    """llama3: waves longer than original length / this are stretched whole; none: as the checkpoint has it, else 1"""
+    high_freq_factor: PositiveFloat | None = None
+    """llama3: waves shorter than original length / this are kept; none: as the checkpoint has it, else 4"""
+    beta_fast: PositiveFloat | None = None
+    """yarn: waves that turn this often in the original length, or more, are kept; none: as the checkpoint has it, else 32"""
+    beta_slow: PositiveFloat | None = None
+    """yarn: waves that turn this often or less are stretched whole; none: as the checkpoint has it, else 1"""
     attention_factor: PositiveFloat | None = None
     """yarn: factor of queries and of keys; none: 0.1 ln(factor) + 1"""
 
     @model_validator(mode="after")
     def _options_belong_to_the_kind(self) -> "RopeChange":
-        for name in sorted(self.model_fields_set & OPTIONS.keys()):
+        for name in sorted(OPTIONS):
             if getattr(self, name) is not None and self.kind not in OPTIONS[name]:
                 raise ValueError(f"rope.{name} belongs to rope.kind={' or '.join(OPTIONS[name])}, not {self.kind}; drop it, or change the kind")
         if self.kind == "theta" and self.theta is None:
             raise ValueError("rope.kind=theta needs rope.theta, the new base")
-        if self.low_freq_factor >= self.high_freq_factor or self.beta_slow >= self.beta_fast:
+        low, high, slow, fast = (getattr(self, name) or value for name, value in DEFAULTS.items())
+        if low >= high or slow >= fast:
             raise ValueError("rope.low_freq_factor must be below rope.high_freq_factor, and rope.beta_slow below rope.beta_fast; swap them")
         return self
 
@@ -195,10 +200,10 @@ def _new_rope(config: Mapping[str, Any], model: ModelConfig, asked: Extension, l
     scaling["original_max_position_embeddings"] = original
     shape = SHAPES[rope.kind]
     if rope.kind == "llama3":
-        scaling |= {name: getattr(rope, name) for name in shape}
+        scaling |= {name: DEFAULTS[name] for name in shape}
     present = (config.get("rope_scaling") or config.get("rope_parameters") or {}) if model.rope_scaling is not None else {}
     scaling |= {name: present[name] for name in shape if present.get(name) is not None}
-    said = {name: getattr(rope, name) for name in (*shape, "attention_factor") if name in rope.model_fields_set}
+    said = {name: getattr(rope, name, None) for name in (*shape, "attention_factor")}
     return model.rotary_base, scaling | {name: value for name, value in said.items() if value is not None}
 
 

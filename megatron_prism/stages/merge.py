@@ -201,9 +201,10 @@ def run(cfg: Config) -> Path:
     from megatron_prism.engine import merging
     from megatron_prism.evals.progress import progress
 
-    opened = [merging.open_parent(find(model)) for model in cfg.models]  # every name and shape is compared before anything is written
-    artifact.begin(cfg.output, cfg.format, cfg, parents(cfg))
-    artifact.annotate(cfg.output, merged=[_origin(model) for model in cfg.models])
+    folders = [find(model) for model in cfg.models]  # once: a run that goes on may have a newer checkpoint at the next look
+    opened = [merging.open_parent(folder) for folder in folders]  # every name and shape is compared before anything is written
+    artifact.begin(cfg.output, cfg.format, cfg, [folder for folder in folders if artifact.is_complete(folder)])
+    artifact.annotate(cfg.output, merged=[_origin(model, folder) for model, folder in zip(cfg.models, folders, strict=True)])
     started = time.perf_counter()
     with progress() as watch:
         advance = watch("merging", sum(1 for _ in family.rules(shape)), 0)
@@ -224,7 +225,6 @@ def _mixing(cfg: Config, present: Sequence[Component]) -> "Mixing":
     return Mixing(cfg.method, {part: cfg.shares(part) for part in present})
 
 
-def _origin(model: MergedModel) -> dict[str, Any]:
+def _origin(model: MergedModel, folder: Path) -> dict[str, Any]:
     """For provenance: what was read, also of folders that are no artifacts of ours."""
-    folder = find(model)
     return {"path": str(folder), "fingerprint": fingerprint(folder), **model.model_dump(mode="json", include={"weight", "parts"}, exclude_none=True)}

@@ -78,6 +78,16 @@ def test_a_scaling_grows_by_its_own_kind():
     assert changed(llama, 131_072) == llama, "its factor is 8 for 8,192 to 131,072 positions"
 
 
+@pytest.mark.parametrize(
+    "rope", [{}, {"kind": "ntk"}, {"kind": "theta", "theta": 1e6}, {"kind": "llama3", "factor": 8.0}, {"kind": "yarn", "beta_fast": 16.0}]
+)
+def test_a_resolved_recipe_reads_back_as_it_was(rope):
+    """What a run keeps in its config.toml names every key."""
+    change = validate(rope, RopeChange, "rope")
+    assert validate(change.model_dump(mode="json"), RopeChange, "rope") == change
+    assert changed(PLAIN, **change.model_dump(mode="json", exclude_none=True)) == changed(PLAIN, **rope)
+
+
 def test_a_larger_factor_leaves_the_shape_of_a_scaling_as_the_checkpoint_has_it():
     shaped = {**PLAIN, "rope_scaling": {**SCALED["yarn"]["rope_scaling"], "beta_fast": 16.0, "truncate": False, "attention_factor": 1.25}}
     expected = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "truncate": False}

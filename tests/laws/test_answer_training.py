@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from answer_blend import Document, write_answer_blend
+from answer_blend import Document, write_answer_blend, write_answers
 from tiny_models import write_tiny
-from training import VOCAB_SIZE, differing, final_state, largest_difference, metrics, recipe, run_cases
+from training import VOCAB_SIZE, differing, final_state, from_random, largest_difference, metrics, recipe, run_cases
 
 from megatron_prism.config import load_recipe
 from megatron_prism.data_prep.blend import load_blend
@@ -17,6 +17,7 @@ from megatron_prism.engine import checkpoint, loop, parallel, run_folder
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.packed_data import PackedReader, open_reader
 from megatron_prism.engine.recipe import DataSection, TrainConfig
+from megatron_prism.errors import UserError
 from megatron_prism.stages import convert
 
 BOUND = 1e-5
@@ -135,3 +136,17 @@ def test_every_layout_gives_the_curve_of_one_rank_however_uneven_the_answers(roo
     found = run_cases(root, 2, cases, timeout=280, **{**SETTINGS, **start, "checkpoint__save_interval": None})
     differences = {case: largest_difference(lines, metrics(one_rank[case.split()[0]])) for case, lines in found.items()}
     assert max(differences.values()) < BOUND, differences
+
+
+def test_a_validation_in_which_nothing_counts_is_said_to_be_so(tmp_path):
+    blend, documents = write_answer_blend(tmp_path / "data", VOCAB_SIZE, web=False)
+    shutil.rmtree(tmp_path / "data" / "chat" / "validation")
+    questions = [(tokens, [False] * len(tokens)) for tokens, _ in documents["validation"]]
+    questions[0][1][-1] = True  # one answer, in a document that four samples do not reach
+    write_answers(tmp_path / "data" / "chat" / "validation", questions, VOCAB_SIZE)
+    settings = SETTINGS | {"data__blend": str(blend), "steps": 1, "validation__interval": 1, "validation__batches": 1} | from_random(tmp_path)
+    try:
+        with pytest.raises(UserError, match="none of the 4 validation samples has a token that counts"):
+            loop.train(load_recipe(None, recipe(tmp_path, tmp_path / "run", **settings), TrainConfig))
+    finally:
+        parallel.stop()
