@@ -93,6 +93,7 @@ def run(cfg: Config) -> Path:
     artifact.write_atomic(cfg.output / "positions.json", json.dumps(content, indent=1) + "\n")
     artifact.write_atomic(cfg.output / "positions.svg", picture(chart(curves)))
     artifact.complete(cfg.output)
+    print(f"measured {', '.join(curves)}: {cfg.output / 'positions.svg'}")
     return cfg.output
 
 

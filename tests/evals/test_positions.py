@@ -66,12 +66,15 @@ def test_the_curve_is_the_mean_of_the_losses_of_one_forward_pass(tmp_path: Path,
     assert found["ends"] == [10, 20, 30, 40] and found["num_documents"] == 4
 
 
-def test_the_picture_has_a_line_a_model_and_a_finished_output_is_left_alone(tmp_path: Path, model: Path, blend: Path) -> None:
+def test_the_picture_has_a_line_a_model_and_a_finished_output_is_left_alone(
+    tmp_path: Path, model: Path, blend: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     models = [{"name": "one", "path": model}, {"name": "<two>", "path": model}]
     with pytest.raises(UserError, match="models"):
         config(tmp_path, model, blend, models=models)
     cfg = config(tmp_path, model, blend, models=[models[0], {**models[1], "name": "two"}])
     positions.run(cfg)
+    assert f"measured one, two: {cfg.output / 'positions.svg'}" in capsys.readouterr().out
     svg = (cfg.output / "positions.svg").read_text()
     assert svg.startswith("<svg ") and svg.count("<polyline") == 2 and svg.count("<circle") == 8 and ">two<" in svg
     stamp = (cfg.output / "positions.json").stat().st_mtime_ns
