@@ -5,14 +5,14 @@ import ctypes
 import fcntl
 import os
 import pty
-import select
+import selectors
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -85,7 +85,7 @@ class Child:
         """The next piece of output; None at the end. What was written before the end comes first."""
         while True:
             watched = [self._output] if self._open else []
-            ready, _, _ = select.select(watched + ([] if until is None else [until]), [], [], 0.2)
+            ready = readable(watched + ([] if until is None else [until]), 0.2)
             if self._output in ready:
                 chunk = self._read_ready()
                 if chunk:
@@ -99,6 +99,14 @@ class Child:
             return os.read(self._output, 1 << 16)
         except OSError:  # a terminal whose last writer has gone answers EIO, not an empty read
             return b""
+
+
+def readable(waiting: Iterable[int], seconds: float) -> list[int]:
+    """Which of the descriptors can be read, or have ended; after `seconds` none. Unlike select(2) it takes those beyond 1,023 too."""
+    with selectors.DefaultSelector() as selector:
+        for descriptor in waiting:
+            selector.register(descriptor, selectors.EVENT_READ)
+        return [key.fd for key, _ in selector.select(seconds)]
 
 
 def _terminal() -> tuple[int, int]:

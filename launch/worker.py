@@ -9,7 +9,6 @@ where to look; and what a stage leaves behind in a process (patches of the CPU l
 import gc
 import json
 import os
-import select
 import shlex
 import sys
 import traceback
@@ -19,7 +18,7 @@ from typing import Self
 from megatron_prism import stages
 from megatron_prism.config import load_recipe
 from megatron_prism.errors import UserError
-from megatron_prism.launch.child import Child
+from megatron_prism.launch.child import Child, readable
 from megatron_prism.launch.job import Job, Outcome, environment, outcome_of, prism_arguments
 
 
@@ -39,7 +38,7 @@ class Worker(Child):
         request = {"stage": job.stage, "recipe": str(job.recipe) if job.recipe else None, "overrides": job.overrides}
         os.write(self._requests, (json.dumps(request) + "\n").encode())
         self.copy_output(log, title=shlex.join(["prism", *prism_arguments(job)]), until=self._results)
-        answered, _, _ = select.select([self._results], [], [], 0)
+        answered = readable([self._results], 0)
         answer = os.read(self._results, 1 << 20) if answered else b""
         # An empty answer is the closed pipe of a worker that is gone, or about to be.
         return Outcome(**json.loads(answer)) if answer else outcome_of(self.wait())

@@ -8,7 +8,6 @@ there it is somebody else's), and forked workers (a fork of a process with threa
 import atexit
 import os
 import pickle
-import select
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from megatron_prism.grading.extract import extract
 from megatron_prism.grading.graders import check_question
 from megatron_prism.grading.question import Question, Verdict
 from megatron_prism.grading.sandbox import SandboxError
-from megatron_prism.grading.sandbox.frames import EndedError, descriptors, hang_up, read_frame, write_frame
+from megatron_prism.grading.sandbox.frames import EndedError, descriptors, hang_up, read_frame, readable, write_frame
 
 START_SECONDS = 300.0
 CPU_SECONDS = 15.0
@@ -178,10 +177,9 @@ class Pool:
             return
         for worker in busy.values():
             worker.wait_until_ready()
-        seconds = max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())
-        readable = select.select(list(busy), [], [], seconds)[0]
+        ready = readable(busy, min(worker.deadline for worker in busy.values()) - time.monotonic())
         late = [descriptor for descriptor, worker in busy.items() if worker.deadline <= time.monotonic()]
-        for descriptor in dict.fromkeys([*readable, *late]):
+        for descriptor in dict.fromkeys([*ready, *late]):
             worker = busy[descriptor]
             index = worker.index
             assert index is not None

@@ -1,7 +1,8 @@
 """Programs as answers: run on every test in a sandbox, compared outside it, right when every test is.
 
 Owns: reading a question's tests and limits, and running a checker where one test has many right outputs. Refuses: to let an expected output into the
-program's sandbox (a checker, which needs it, has a sandbox of its own), and to call a program wrong that the grader did not wait for.
+program's sandbox (a checker, which needs it, has a sandbox of its own), and to call a program wrong that the machine had no time for: over the wall
+limit it is wrong if a processor was idle meanwhile for as long as a test may compute, so that it slept; else there is no verdict.
 
 The entry's keys:
 
@@ -55,15 +56,19 @@ def _grade(entry: Mapping[str, Any], program: str, function: str | None, compare
     tests = entry["tests"]  # one look: an entry may unpack them at every look
     if not tests:
         raise ValueError("the question has no tests")
+    limits = _limits(entry, tests)
     with ExitStack() as stack:
-        sandbox = stack.enter_context(Sandbox(_after(entry.get("prelude", ""), program), _limits(entry, tests)))
+        sandbox = stack.enter_context(Sandbox(_after(entry.get("prelude", ""), program), limits))
         if compare is None:
             checker = stack.enter_context(Sandbox(entry["checker"], Limits(CHECKER_SECONDS)))
         for number, test in enumerate(tests, 1):
             place = f"test {number} of {len(tests)}"
             outcome = sandbox.run(test["input"], function=function)
             if outcome.status == "wall_limit":
-                return Grade(0.0, "timeout", f"{place}: {outcome.wall_seconds:.0f} s passed, of which {outcome.cpu_seconds:.1f} s on a processor")
+                said = f"{place}: {outcome.wall_seconds:.0f} s passed, of which {outcome.cpu_seconds:.1f} s on a processor"
+                if outcome.spare_seconds >= limits.cpu_seconds:  # it had the time that it was given, and slept
+                    return Grade(0.0, detail=f"{said}, and one was idle for {outcome.spare_seconds:.0f} s of them")
+                return Grade(0.0, "timeout", said)
             if outcome.status != "ok":
                 return Grade(0.0, detail=f"{place}: {FAILURES[outcome.status]}{_last_line(outcome.stderr)}")
             difference = compare(outcome, test) if compare else _check(checker, outcome, test)

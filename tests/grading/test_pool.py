@@ -1,12 +1,13 @@
 """Many verdicts from worker processes: in order, the same as one by one, and whatever happens to a worker is said of its pair alone."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def test_verdicts_come_in_order_and_equal_those_one_by_one() -> None:
     assert found == [verdict(*pair) for pair in pairs]
     reasons = ["correct", "correct", "correct", "no_answer", "correct", "wrong", "wrong", "wrong", "wrong"]
     assert [one.reason for one in found] == reasons * 2
+
+
+def test_a_process_with_more_than_1023_descriptors_grades() -> None:
+    """select(2) refuses such descriptors; a trainer with many shards, sockets and memory maps has them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"this process may open {hard} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    try:
+        with ExitStack() as many:
+            while many.enter_context(Path(os.devnull).open()).fileno() < 1030:
+                pass
+            with Pool(1) as pool:
+                found = list(pool.verdicts([(EXACT, "a"), (SUM, "```python\nprint(sum(map(int, input().split())))\n```")]))
+        assert [one.reason for one in found] == ["correct", "correct"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_choice_among_letters_that_are_not_there_is_the_graders_failure() -> None:

@@ -139,12 +139,17 @@ def test_an_output_expected_twice_is_not_remembered_from_test_to_test() -> None:
     assert printing(program).detail == "test 2 of 2: line 1 is '3', expected '42'"
 
 
-def test_a_sleeper_is_a_timeout_and_never_silently_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_prism.grading.sandbox import Limits
+@pytest.mark.parametrize(("spare", "reason"), [(5.9, "timeout"), (6.0, "wrong")])
+def test_a_sleeper_is_wrong_where_a_processor_was_idle_for_its_limit_and_without_a_verdict_where_none_was(
+    monkeypatch: pytest.MonkeyPatch, spare: float, reason: str
+) -> None:
+    from megatron_prism.grading.sandbox import Limits, Spare
 
     monkeypatch.setattr(Limits, "wall", 0.5)
-    found = printing("import time\ntime.sleep(600)")
-    assert (found.reason, found.correct, found.score) == ("timeout", False, 0.0)
+    monkeypatch.setattr(Spare, "seconds", lambda _: spare)
+    found = printing("import time\ntime.sleep(600)", time_limit=6)
+    assert (found.reason, found.correct, found.score) == (reason, False, 0.0)
+    assert "of which 0." in str(found.detail)
 
 
 def test_numbers_are_exact_unless_a_tolerance_is_given() -> None:

@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 from megatron_prism.errors import UserError
-from megatron_prism.grading.sandbox.frames import EndedError, Message, descriptors, hang_up, read_frame, write_frame
+from megatron_prism.grading.sandbox.frames import EndedError, Message, descriptors, hang_up, read_frame, readable, write_frame
+from megatron_prism.grading.sandbox.idle import Spare
 from megatron_prism.temporary import TemporaryFolder
 
 Status = Literal["ok", "runtime_error", "time_limit", "wall_limit", "output_limit"]
@@ -27,6 +28,8 @@ START_SECONDS = 120.0
 END_SECONDS = 2.0
 SYSTEM_PATHS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom")
 FIRST_UNUSED_UID = 1_600_000_000
+QUICK = 0.1
+"""share of the wall limit after which a run is watched: most are over by then, and looking costs time"""
 
 
 class SandboxError(RuntimeError):
@@ -50,7 +53,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did. output: standard output; result: what a function returned, as JSON; stderr: its end."""
+    """What a run did. output: standard output; result: what a function returned, as JSON; stderr: its end.
+
+    spare_seconds: of a run that went over the wall limit: how long, at least, it could have run or slept as it pleased (see `idle`).
+    """
 
     status: Status
     output: str
@@ -61,6 +67,7 @@ class Outcome:
     peak_bytes: int
     stderr: str
     protections: Mapping[str, str] = field(default_factory=dict)
+    spare_seconds: float = 0.0
 
 
 class Sandbox:
@@ -93,6 +100,8 @@ class Sandbox:
         try:
             inbox, outbox = descriptors(process)
             write_frame(inbox, request, stdin.encode(errors="surrogateescape"))
+            is_quick = bool(readable([outbox], limits.wall * QUICK))
+            spare = None if is_quick else Spare()
             reply, payload = read_frame(outbox, limits.wall + START_SECONDS)
         except (EndedError, OSError) as error:
             self.close()
@@ -103,6 +112,7 @@ class Sandbox:
         if not reply.pop("is_clean"):
             self.close()  # the next run has another scratch folder
         split = reply.pop("stdout_bytes")
+        reply["spare_seconds"] = spare.seconds() if spare is not None and reply["status"] == "wall_limit" else 0.0
         return Outcome(output=payload[:split].decode(errors="replace"), result=payload[split:].decode(errors="replace"), **reply)
 
     def _started(self) -> subprocess.Popen[bytes]:

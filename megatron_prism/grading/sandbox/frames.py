@@ -2,8 +2,9 @@
 
 import json
 import os
-import select
+import selectors
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,14 @@ def descriptors(process: "subprocess.Popen[bytes]") -> tuple[int, int]:
     """Where a process that was started with pipes reads frames and where it writes them."""
     assert process.stdin is not None and process.stdout is not None
     return process.stdin.fileno(), process.stdout.fileno()
+
+
+def readable(waiting: Iterable[int], seconds: float) -> list[int]:
+    """Which of the descriptors can be read, or have ended; after `seconds` none. Unlike select(2) it takes those beyond 1,023 too."""
+    with selectors.DefaultSelector() as selector:
+        for descriptor in waiting:
+            selector.register(descriptor, selectors.EVENT_READ)
+        return [key.fd for key, _ in selector.select(max(0.0, seconds))]
 
 
 def hang_up(process: "subprocess.Popen[bytes]") -> None:
@@ -60,7 +69,7 @@ def read_frame(descriptor: int, seconds: float | None = None) -> tuple[Message, 
 def _read_exactly(descriptor: int, num_bytes: int, deadline: float | None) -> bytes:
     parts = bytearray()
     while len(parts) < num_bytes:
-        if deadline is not None and not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if deadline is not None and not readable([descriptor], deadline - time.monotonic()):
             raise EndedError(late=True)
         part = os.read(descriptor, min(num_bytes - len(parts), CHUNK_BYTES))
         if not part:
