@@ -1,7 +1,8 @@
 """One stage on some ranks, and the torchrun command line that starts it.
 
 Owns: what a job is, torchrun's arguments, the environment of its processes, running one on this machine with a log.
-Refuses: ranks that do not divide over the nodes. Slurm scripts and nemo-run experiments are made from the same `Job` beside this file.
+Refuses: ranks that do not divide over the nodes. Slurm scripts and nemo-run experiments are made from the same `Job` beside this file, and from what
+a cluster file (launch/cluster.py) says of the place.
 """
 
 import os
@@ -14,19 +15,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_prism import secrets
 from megatron_prism.errors import ERROR_FILE, UserError
 from megatron_prism.launch.child import Child
+
+STOPPED_EARLY = 75
+"""Exit status when a stage ended well before its work was done (a wall-clock limit): the same command continues it (sysexits' EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage, its recipe and overrides, and where it runs. ranks: processes in all, spread evenly over the nodes, one for each GPU."""
+    """A stage, its recipe and overrides, and what it runs on. ranks: processes in all, spread evenly over the nodes, one for each GPU.
+
+    gpus_per_node: GPUs to ask for; None where nodes come whole, or without any. hours: the wall-clock limit to ask for; None is the place's own.
+    """
 
     stage: str
     recipe: Path | None = None
     overrides: tuple[str, ...] = ()
     ranks: int = 1
     nodes: int = 1
+    gpus_per_node: int | None = None
+    hours: float | None = None
     env: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,11 +63,16 @@ def prism_arguments(job: Job) -> list[str]:
     return [*stage, *([str(job.recipe)] if job.recipe else []), *job.overrides]
 
 
+def process_argv(job: Job, python: str = sys.executable) -> list[str]:
+    """The command of one process of a job, whoever tells it its rank."""
+    return [python, "-m", "megatron_prism", *prism_arguments(job)]
+
+
 def torchrun_argv(job: Job, rendezvous: Sequence[str] = ("--standalone",), python: str = sys.executable) -> list[str]:
     """torchrun's command line for one node. rendezvous: how the nodes find each other; the default is for one node alone."""
     assert job.nodes == 1 or tuple(rendezvous) != ("--standalone",), "several nodes need a rendezvous"
     launcher = [python, "-m", "torch.distributed.run", *rendezvous, "--max-restarts", "0", "--nproc-per-node", str(job.ranks_per_node)]
-    return [*launcher, "-m", "megatron_prism", *prism_arguments(job)]
+    return [*launcher, *process_argv(job)[1:]]
 
 
 def environment(job: Job, base: Mapping[str, str] | None = None, cores: int | None = None) -> dict[str, str]:
@@ -73,12 +88,14 @@ def environment(job: Job, base: Mapping[str, str] | None = None, cores: int | No
 
 
 def run_local(job: Job, log: Path) -> Outcome:
-    """Run a job on this machine under torchrun; its output goes to our terminal and to the end of `log`."""
+    """Run a job on this machine under torchrun; its output goes to our terminal and to the end of `log`. Errors: UserError for several nodes."""
+    if job.nodes > 1:
+        raise UserError(f"nodes={job.nodes}: this is one machine; drop nodes, or use prism launch slurm")
     argv = torchrun_argv(job)
     with tempfile.TemporaryDirectory(prefix="prism-") as folder:
         error_file = Path(folder) / "error"
         with Child(argv, {**environment(job), ERROR_FILE: str(error_file)}) as child:
-            output = child.copy_output(log, title=shlex.join(["prism", *prism_arguments(job)]) + f"  # on {job.ranks} ranks")
+            output = child.copy_output(log, title=shlex.join(map(secrets.mask, ["prism", *prism_arguments(job)])) + f"  # on {job.ranks} ranks")
             status = child.wait()
         if error_file.exists():
             return Outcome(2, error_file.read_text(encoding="utf-8"))

@@ -14,12 +14,9 @@ import typer
 
 from megatron_prism import artifact
 from megatron_prism.errors import UserError
-from megatron_prism.launch.job import Outcome, run_local
+from megatron_prism.launch.job import STOPPED_EARLY, Outcome, run_local
 from megatron_prism.launch.plan import Step, load_plan
 from megatron_prism.launch.worker import Worker
-
-STOPPED_EARLY = 75
-"""Exit status when a stage ended well before its work was done (a wall-clock limit): the same command continues it (sysexits' EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,23 @@ def run_pipeline(path: Path, dry_run: bool = False, remake: bool = False) -> Non
     if dry_run:
         _print_plan(plan)
         return
-    stale = [f"stage {step.name}: {step.output} is out of date: {state.why}" for step, state in states(plan) if state.action == "stale"]
-    if stale and not remake:
-        raise UserError("\n".join([*stale, "choose other outputs, or have these removed and made again: prism run PIPELINE.toml --remake"]))
+    wide = [f"stage {step.name}: nodes={step.job.nodes}" for step in plan if step.job.nodes > 1]
+    if wide:
+        raise UserError("\n".join([*wide, f"prism run has this machine alone; queue the chain with prism launch slurm {path}, or set nodes=1"]))
+    if not remake:
+        refuse_stale(plan)
     started, ran = time.monotonic(), 0
     with _Workers() as workers:
         for number, step in enumerate(plan, 1):
             ran += _advance(step, f"[{number}/{len(plan)}]", workers)
     typer.secho(f"pipeline done in {_duration(time.monotonic() - started)}: {ran} run, {len(plan) - ran} skipped", bold=True)
+
+
+def refuse_stale(plan: list[Step]) -> None:
+    """UserError that names every finished output which is out of date."""
+    stale = [f"stage {step.name}: {step.output} is out of date: {state.why}" for step, state in states(plan) if state.action == "stale"]
+    if stale:
+        raise UserError("\n".join([*stale, "choose other outputs, or have these removed and made again: prism run PIPELINE.toml --remake"]))
 
 
 class _Workers:

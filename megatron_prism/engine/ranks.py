@@ -1,0 +1,61 @@
+"""What one rank found, all must have: results and errors of one rank's work, and a word that any rank may have heard. Called on every rank.
+
+torch is imported where it is used: what a recipe is checked with imports this.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """Rank 0's result of `work`, on every rank; its error is everyone's."""
+    import torch.distributed as dist
+
+    answer: list[Any] = [_tried(work) if dist.get_rank() == 0 else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return cast(Result, _taken(answer[0], 0))
+
+
+def on_all(work: Callable[[int], Result]) -> list[Result]:
+    """Every rank's result of `work(rank)`, on every rank; the first rank's error is everyone's."""
+    import torch.distributed as dist
+
+    own = _tried(lambda: work(dist.get_rank()))
+    if dist.get_world_size() == 1:
+        return [_taken(own, 0)]
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, own)
+    return [_taken(answer, rank) for rank, answer in enumerate(answers)]
+
+
+def any_rank(heard: bool, device: "torch.device") -> bool:
+    """Whether any rank heard it: one number of each, one wait for the device."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return heard
+    word = torch.tensor(int(heard), device=device)
+    dist.all_reduce(word, op=dist.ReduceOp.MAX)
+    return bool(word.item())
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # a boundary: the other ranks wait, and must end too
+        return None, error
+
+
+def _taken(answer: tuple[Any, Exception | None], rank: int) -> Any:
+    result, error = answer
+    if error is not None:
+        error.add_note(f"on rank {rank}")
+        raise error
+    return result
