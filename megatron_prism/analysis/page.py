@@ -1,12 +1,7 @@
 """The page of an analysis: one HTML file that needs nothing but itself. Owns: its order, and what is said beside the figures."""
 
-import html
-from collections.abc import Sequence
-from typing import Any
-
-from megatron_prism.analysis import pictures, table
+from megatron_prism.analysis import markup, pictures, table
 from megatron_prism.analysis.table import Results
-from megatron_prism.evals.report_page import STYLE
 
 DEFINITIONS = (
     "L2: normalised L2 of the update, ||new - old|| / ||old||, Euclidean norms over elements (arXiv 2603.17074, Eq. 1). The paper does not say how "
@@ -20,16 +15,12 @@ DEFINITIONS = (
 
 def page(results: Results) -> str:
     """The whole page."""
-    body = [_list(_notes(results)), _table(["model", "read as", "path"], _models(results))]
+    body = [markup.notes(_notes(results)), markup.table(["model", "read as", "path"], _models(results))]
     body += [_pair(pair) for pair in results["pairs"]]
     body += [_angle(angle) for angle in results["cosines"]]
     if results["series"]:
         body.append(_series(results["series"]))
-    head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>What changed in the weights</title>'
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n<style>\n{STYLE}</style>\n</head>\n<body>\n'
-        "<h1>What changed in the weights</h1>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
+    return markup.document("What changed in the weights", body)
 
 
 def _notes(results: Results) -> list[str]:
@@ -58,38 +49,17 @@ def _pair(pair: Results) -> str:
         pictures.changed_map(groups),
     ]
     paper = [f"The paper's figures are those of {pair['paper']['row']}."] if pair["paper"] else []
-    return _section(pair["label"], [*map(_paragraph, paper), _table(table.head(pair), list(table.rows(pair))), *drawn])
+    return markup.section(pair["label"], [*map(markup.paragraph, paper), markup.table(table.head(pair), list(table.rows(pair))), *drawn])
 
 
 def _angle(angle: Results) -> str:
     found = table.select(angle["groups"], "total") | table.select(angle["groups"], "component") | table.select(angle["groups"], "part")
-    rows = [[name, table.number(row["cosine"])] for name, row in found.items()]
-    return _section(f"Cosine of {angle['one']} and {angle['other']}", [_table(["", "cosine"], rows), pictures.cosine_by_layer(angle["groups"])])
+    rows = [[name, table.cosine(row["cosine"])] for name, row in found.items()]
+    drawn = pictures.cosine_by_layer(angle["groups"])
+    return markup.section(f"Cosine of {angle['one']} and {angle['other']}", [markup.table(["", "cosine"], rows), drawn])
 
 
 def _series(series: Results) -> str:
     drawn = [pictures.shares_by_step(series), pictures.changed_by_step(series)]
-    return _section(
-        table.course_title(series), [_paragraph(series["note"]), _table(*table.course(series, list(series["steps"][0]["share_of_change"]))), *drawn]
-    )
-
-
-def _section(title: str, parts: Sequence[str]) -> str:
-    return f"<h2>{html.escape(title)}</h2>\n" + "\n".join(part for part in parts if part)
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return f'<ul class="notes">{"".join(f"<li>{html.escape(line)}</li>" for line in lines)}</ul>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    columns = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr><th>{html.escape(cells[0]).replace('  ', '&emsp;')}</th>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells[1:])}</tr>\n"
-        for cells in rows
-    )
-    return f"<div class=scroll><table><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table></div>"
+    course = markup.table(*table.course(series, list(series["steps"][0]["share_of_change"])))
+    return markup.section(table.course_title(series), [markup.paragraph(series["note"]), course, *drawn])

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_prism.analysis.figures import by_layer, select
+from megatron_prism.analysis.heatmap import colour, scale, text
 from megatron_prism.analysis.sums import PAPER_THRESHOLD, THRESHOLDS
 from megatron_prism.evals.chart import Axes, Point, lines
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a")
-CIVIDIS = ((0, 34, 78), (87, 93, 109), (165, 156, 116), (254, 232, 56))
 CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, BOTTOM, LARGEST_WIDTH = 22, 20, 84, 8, 60, 900
 TICKS = 12
 Rows = Sequence[Mapping[str, Any]]
@@ -105,38 +105,19 @@ def _map(groups: Rows, value: Any, label: str) -> str:
     marks = []
     for line, (part, cells) in enumerate(parts.items()):
         y = TOP + line * CELL_HEIGHT
-        marks.append(_text(LEFT - 6, y + 14, part, "end"))
+        marks.append(text(LEFT - 6, y + 14, part, "end"))
         for layer, found in cells.items():
             box = f'x="{LEFT + layers.index(layer) * cell:.1f}" y="{y}" width="{cell - 1:.1f}" height="{CELL_HEIGHT - 1}"'
             hint = f"layer {layer}, {part}: {found:.3g}"
-            marks.append(f'<rect {box} fill="{_colour(found, low, high)}"><title>{html.escape(hint)}</title></rect>')
+            marks.append(f'<rect {box} fill="{colour(found, low, high)}"><title>{html.escape(hint)}</title></rect>')
     bottom, wide = TOP + len(parts) * CELL_HEIGHT, cell * len(layers)
-    marks += [_text(LEFT + (layers.index(int(at)) + 0.5) * cell, bottom + 14, name, "middle") for at, name in _ticks(layers)]
-    marks.append(_text(LEFT + wide / 2, bottom + 30, "layer", "middle"))
+    marks += [text(LEFT + (layers.index(int(at)) + 0.5) * cell, bottom + 14, name, "middle") for at, name in _ticks(layers)]
+    marks.append(text(LEFT + wide / 2, bottom + 30, "layer", "middle"))
     width = LEFT + max(wide, 200 + 7 * len(label))
-    marks += _scale(bottom + 38, low, high, label)
+    marks += scale(LEFT, bottom + 38, low, high, label)
     size = f'viewBox="0 0 {width:.0f} {bottom + BOTTOM}" width="{width:.0f}" height="{bottom + BOTTOM}"'
     described = html.escape(f"{label}, by part and layer", quote=True)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{described}" font-family="sans-serif">{"".join(marks)}</svg>'
-
-
-def _scale(y: float, low: float, high: float, label: str) -> list[str]:
-    steps, width = 24, 4
-    start = LEFT + 56
-    boxes = [f'<rect x="{start + step * width}" y="{y}" width="{width}" height="12" fill="{_colour(step, 0, steps - 1)}"/>' for step in range(steps)]
-    return [_text(start - 6, y + 10, f"{low:.3g}", "end"), *boxes, _text(start + steps * width + 6, y + 10, f"{high:.3g}   {label}", "start")]
-
-
-def _colour(value: float, low: float, high: float) -> str:
-    place = (value - low) / ((high - low) or 1.0) * (len(CIVIDIS) - 1)
-    first = min(int(place), len(CIVIDIS) - 2)
-    share = place - first
-    channels = (round(a + share * (b - a)) for a, b in zip(CIVIDIS[first], CIVIDIS[first + 1], strict=True))
-    return "#" + "".join(f"{channel:02x}" for channel in channels)
-
-
-def _text(x: float, y: float, content: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="12" fill="currentColor">{html.escape(content)}</text>'
 
 
 def _layers(groups: Rows) -> list[int]:

@@ -121,15 +121,29 @@ def check(cfg: Config) -> Plan:
     listed = _pairs(cfg)
     _check_paper(listed)
     plan = [*models, *((f"step {step}", folder) for step, folder in steps)]
-    for name, folder in plan:
-        if folder.resolve().is_relative_to(cfg.output.resolve()):
-            raise UserError(f"output={cfg.output} holds {folder}, which is read; choose another output")
-        _check_alike(plan[0], (name, folder))
+    paths = [*(model.path for model in cfg.models), *([cfg.series.run] * len(steps) if cfg.series is not None else [])]
+    for path, (name, folder) in zip(paths, plan, strict=True):
+        run_folder.check_apart(cfg.output, path, folder)
+        check_alike(plan[0], (name, folder))
     family, shape = families.load(run_folder.hf_files(models[0][1]))
     first = _start(cfg.series, models) if cfg.series is not None else 0
     course = [Compared(f"{models[first][0]} to step {step}", first, len(models) + place, None, step) for place, (step, _) in enumerate(steps)]
     angles = [(one, other) for other in range(len(listed)) for one in range(other) if listed[one].start == listed[other].start]
     return Plan(family, shape, plan, [*listed, *course], angles if cfg.cosines else [])
+
+
+def check_alike(first: tuple[str, Path], other: tuple[str, Path]) -> None:
+    """Errors: UserError for two named models of another shape or tokenizer; their positions may differ."""
+    one, two = (run_folder.hf_files(folder) for _, folder in (first, other))
+    difference = model_difference(families.load(one)[1], families.load(two)[1], POSITIONS)
+    if difference is not None:
+        raise UserError(f"models {first[0]} ({first[1]}) and {other[0]} ({other[1]}) cannot be compared: {difference}; give models of one shape")
+    difference = tokenizer_difference(one, two)
+    if difference is not None:
+        raise UserError(
+            f"models {first[0]} ({first[1]}) and {other[0]} ({other[1]}) have different tokenizers, so that rows of their embeddings stand for "
+            f"different tokens: {difference}; give models that read text as the same ids"
+        )
 
 
 def _pairs(cfg: Config) -> list[Compared]:
@@ -157,19 +171,6 @@ def _start(series: Series, models: Sequence[tuple[str, Path]]) -> int:
     if not others:
         raise UserError(f"series.run={series.run} is the run of every one of models; give series.start, the model that it began with")
     return others[-1]
-
-
-def _check_alike(first: tuple[str, Path], other: tuple[str, Path]) -> None:
-    one, two = (run_folder.hf_files(folder) for _, folder in (first, other))
-    difference = model_difference(families.load(one)[1], families.load(two)[1], POSITIONS)
-    if difference is not None:
-        raise UserError(f"models {first[0]} ({first[1]}) and {other[0]} ({other[1]}) cannot be compared: {difference}; give models of one shape")
-    difference = tokenizer_difference(one, two)
-    if difference is not None:
-        raise UserError(
-            f"models {first[0]} ({first[1]}) and {other[0]} ({other[1]}) have different tokenizers, so that rows of their embeddings stand for "
-            f"different tokens: {difference}; give models that read text as the same ids"
-        )
 
 
 def _check_paper(pairs: Sequence[Compared]) -> None:

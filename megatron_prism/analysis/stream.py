@@ -8,7 +8,7 @@ each, which the kernel takes back when it needs them.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,18 +152,28 @@ def _elements(tensors: Sequence[Tensor]) -> Counter[str]:
     return found
 
 
-def walk(job: Job, workers: int, advance: Callable[[int], None]) -> list[Batch]:
-    """Every rule's matrices, in the order of the family's rules. advance: told of every rule that is done. Errors: UserError."""
-    here = Walker(job)
-    places = range(len(here.entries))
+def walk(job: Job, workers: int, measured: Callable[[int, Batch], None], found: Mapping[int, Batch] | None = None) -> list[Batch]:
+    """Every rule's matrices, in the order of the family's rules. measured: told of every rule that is done, with its place; found: those that were
+    done before, by place, which are not measured again. Errors: UserError."""
+    here, batches = Walker(job), dict(found or {})
+    places = [place for place in range(len(here.entries)) if place not in batches]
+
+    def take(place: int, batch: Batch) -> None:
+        batches[place] = batch
+        measured(place, batch)
+
     if workers == 1:
         with _one_thread():
-            return [_told(here.batch(place), advance) for place in places]
+            for place in places:
+                take(place, here.batch(place))
+        return _in_order(batches)
     try:
         with processes.pool(workers, _open, job) as pool:
-            return [_told(batch, advance) for batch in pool.map(_batch, places)]
+            for place, batch in zip(places, pool.map(_batch, places), strict=True):
+                take(place, batch)
     except BrokenProcessPool:
         raise UserError(f"one of workers={workers} processes ended, killed for want of memory perhaps; try workers={workers // 2}") from None
+    return _in_order(batches)
 
 
 @contextmanager
@@ -177,9 +187,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _told(batch: Batch, advance: Callable[[int], None]) -> Batch:
-    advance(1)
-    return batch
+def _in_order(batches: Mapping[int, Batch]) -> list[Batch]:
+    return [batches[place] for place in sorted(batches)]
 
 
 _walker: Walker

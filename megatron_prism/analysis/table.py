@@ -20,6 +20,8 @@ AT = f"{PAPER_THRESHOLD:g}"
 HEAD = ("", "elements", "L2", "mean L2", f">{AT}% fp32", f">{AT}% bf16", "same bf16", "rank")
 PAPER_HEAD = ("paper: L2", f">{AT}%")
 KINDS = ("fp32", "bf16")
+WIDE = 150
+"""columns of a log"""
 LEGEND = (
     f"L2: ||new - old|| / ||old|| of all elements together; mean L2: of single tensors; >{AT}%: elements that changed by at least {AT} %, as read "
     "and both sides rounded to bf16; same bf16: equal after rounding; rank: stable rank of the update, mean over matrices"
@@ -42,17 +44,15 @@ def head(pair: Results) -> list[str]:
 
 def show(results: Results) -> None:
     """Print a table for each pair, then angles and the course of a series."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False)  # names and paths are people's: [base] is a name
+    console = open_console()
     for pair in results["pairs"]:
-        _print(console, pair["label"], head(pair), rows(pair))
+        print_table(console, pair["label"], head(pair), rows(pair))
     for angle in results["cosines"]:
         found = select(angle["groups"], "total") | select(angle["groups"], "component")
-        shown = ", ".join(f"{name} {number(row['cosine'])}" for name, row in found.items())
+        shown = ", ".join(f"{name} {cosine(row['cosine'])}" for name, row in found.items())
         console.print(f"cosine of {angle['one']} and {angle['other']}: {shown}", highlight=False)
     if results["series"]:
-        _print(console, course_title(results["series"]), *course(results["series"], ["total"]))
+        print_table(console, course_title(results["series"]), *course(results["series"], ["total"]))
         console.print(results["series"]["note"], highlight=False)
     console.print(LEGEND, highlight=False)
 
@@ -96,9 +96,37 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
+def cosine(value: float | None) -> str:
+    """Four places: of two updates that are nearly one, what tells them apart."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share in per cent."""
     return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def open_console() -> Any:
+    """What tables are printed on. Names and paths are people's: [base] is a name, no markup. A log has room for wide tables."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    return console
+
+
+def print_table(console: Any, title: str, columns: Sequence[str], body: Iterable[Sequence[str]]) -> None:
+    """A table of cells as they are, the first column its names."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for cells in body:
+        table.add_row(*cells)
+    console.print(table)
 
 
 def _cells(row: Results) -> list[str]:
@@ -139,15 +167,3 @@ def _csv(found: Sequence[Mapping[str, Any]]) -> str:
         writer.writeheader()
         writer.writerows(found)
     return text.getvalue()
-
-
-def _print(console: Any, title: str, columns: Sequence[str], body: Iterable[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=True)
-    for cells in body:
-        table.add_row(*cells)
-    console.print(table)

@@ -8,10 +8,12 @@ parents(cfg)    the finished artifacts it reads (their digests decide whether an
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from megatron_prism import artifact
+from megatron_prism.config import validate
 from megatron_prism.errors import UserError
 
 STAGES = {
@@ -26,6 +28,10 @@ STAGES = {
     "rl": "checkpoint + prompts -> policy, by verifiable rewards",
     "evaluate": "model -> scores",
     "analyze": "models -> what changed between their weights",
+    "cka": "models + texts -> how alike their representations are",
+    "behaviour": "stored responses -> how models answer, and what changed",
+    "report": "outputs of stages -> one page about all of them",
+    "landscape": "three models -> scores of the merged ones between them",
     "bench": "model and layout -> what a training step costs",
 }
 """Stage name -> the arrow of the flow that it is."""
@@ -33,7 +39,7 @@ STAGES = {
 PARALLEL_STAGES = frozenset({"train", "extend", "rl", "bench"})
 """Stages that run on many ranks, under torchrun."""
 
-STAGES_FOR_RANKS = frozenset({"prep", "prompts", "evaluate"})
+STAGES_FOR_RANKS = frozenset({"prep", "prompts", "evaluate", "cka", "landscape"})
 """Stages that run in one process, or under torchrun where ranks are asked for."""
 
 
@@ -65,3 +71,9 @@ def load(name: str) -> Stage:
     if missing:
         raise UserError(f"stage {name}: {path} lacks {', '.join(missing)}; a stage module has Config, run, dry_run and parents")
     return cast(Stage, module)
+
+
+def run_once(stage: Stage, asked: Any) -> Path:
+    """The finished output of a stage, run unless this very recipe already made it from these very parents. asked: its Config, or the table of one."""
+    cfg = validate(dict(asked), stage.Config, str(asked["output"])) if isinstance(asked, Mapping) else asked
+    return artifact.left_as_it_is(Path(cfg.output)) if artifact.is_current(cfg.output, cfg, stage.parents(cfg)) else stage.run(cfg)

@@ -9,18 +9,62 @@ OUTPUT/report.html      one page: tables, pictures, the paper's figures beside o
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prism import artifact
 from megatron_prism.analysis.recipe import Compared, Config, Plan, check
+from megatron_prism.config import as_overrides
+from megatron_prism.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_prism.analysis.journal import Journal
     from megatron_prism.analysis.stream import Batch, Job
 
 __all__ = ["Config", "dry_run", "parents", "run"]
 
 SCHEMA_VERSION = 2
+
+
+def with_models(words: Sequence[str], output: Path | None) -> list[str]:
+    """What was written behind `prism analyze`: a recipe and overrides as they are, the paths of models as overrides that name them.
+
+    output: of `--output`. Errors: UserError for models beside a recipe, a model that is given twice, and two outputs.
+    """
+    overrides = [word for word in words if _is_override(word)]
+    paths = [word for word in words if word not in overrides]
+    models = [path for path in paths if not path.endswith(".toml")]
+    twice = next((word for word in overrides if output is not None and word.startswith("output=")), None)
+    if twice is not None:
+        raise UserError(f"--output {output} and {twice} both say where to write; give one of them")
+    if not models:
+        return [*words, *(as_overrides({"output": str(output)}) if output else [])]
+    if models != paths:
+        raise UserError(f"prism analyze takes a recipe or models, not both; got {', '.join(paths)}")
+    names = _names([Path(model) for model in models])
+    listed = [{"name": name, "path": model} for name, model in zip(names, models, strict=True)]
+    table = {"models": listed, "output": str(output or Path("runs") / "-".join(["analyze", *names]))}
+    return [*as_overrides(table), *overrides]
+
+
+def _is_override(word: str) -> bool:
+    """key=value; the path of a model may hold a = too (runs/lr=1e-4), but no key holds a slash."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key and not Path(word).is_dir()
+
+
+def _names(models: Sequence[Path]) -> list[str]:
+    """Of models by their paths: as many last parts of each as tell them apart."""
+    parts = [model.resolve().parts[1:] for model in models]
+    twice = next((model for place, model in enumerate(models) if parts[place] in parts[:place]), None)
+    if twice is not None:
+        raise UserError(f"model {twice} is given twice; give different ones")
+    depth = next(depth for depth in range(1, 1 + max(map(len, parts))) if len({found[-depth:] for found in parts}) == len(models))
+    names = ["-".join(found[-depth:]) for found in parts]
+    if len(set(names)) < len(models) or not all(names):
+        raise UserError(f"models {', '.join(map(str, models))} have no names that tell them apart; name them in a recipe (models.name)")
+    return names
 
 
 def parents(cfg: Config) -> list[Path]:
@@ -44,18 +88,17 @@ def run(cfg: Config) -> Path:
     """Compare; returns the finished output folder."""
     plan = check(cfg)
     if artifact.is_current(cfg.output, cfg, _artifacts(plan)) and _is_as_read(cfg.output, plan):
-        return cfg.output
+        return artifact.left_as_it_is(cfg.output)
     from megatron_prism.analysis import page, stream, table
-    from megatron_prism.evals.progress import progress
+    from megatron_prism.analysis.journal import Journal
 
     job = _job(cfg, plan)
     rules = len(stream.Walker(job).entries)  # every name and shape is compared before anything is written
     prints = _fingerprints(plan)  # before the weights: a model that is changed meanwhile is read again by the next call
     artifact.begin(cfg.output, "analyze", cfg, _artifacts(plan))
-    started = time.perf_counter()
-    with progress() as watch:
-        batches = stream.walk(job, cfg.workers, watch("comparing", rules, 0))
-    seconds, nbytes = time.perf_counter() - started, sum(batch.nbytes for batch in batches)
+    journal, started = Journal(cfg.output, job, prints), time.perf_counter()
+    batches, nbytes = _measure(job, cfg.workers, rules, journal)
+    seconds = time.perf_counter() - started
     results = _results(cfg, plan, prints, batches)
     artifact.write_atomic(cfg.output / "analysis.json", json.dumps(results, indent=1) + "\n")
     artifact.write_atomic(cfg.output / "matrices.csv", table.matrices_csv(results))
@@ -63,9 +106,27 @@ def run(cfg: Config) -> Path:
     artifact.write_atomic(cfg.output / "report.html", page.page(results))
     artifact.annotate(cfg.output, seconds=round(seconds, 1), bytes_read=nbytes)
     artifact.complete(cfg.output)
+    journal.remove()
     table.show(results)
     print(f"compared {len(plan.models)} models -> {cfg.output / 'report.html'}: {nbytes / 1e9:.2f} GB in {seconds:.1f} s")
     return cfg.output
+
+
+def _measure(job: "Job", workers: int, rules: int, journal: "Journal") -> tuple[list["Batch"], int]:
+    """Every rule, those that the journal has left out; and the bytes that were read for it."""
+    from megatron_prism.analysis import stream
+    from megatron_prism.evals.progress import progress
+
+    before = sum(batch.nbytes for batch in journal.found.values())
+    with progress() as watch:
+        advance = watch("comparing", rules, len(journal.found))
+
+        def measured(rule: int, batch: "Batch") -> None:
+            journal.add(rule, batch)
+            advance(1)
+
+        batches = stream.walk(job, workers, measured, journal.found)
+    return batches, sum(batch.nbytes for batch in batches) - before
 
 
 def _artifacts(plan: Plan) -> list[Path]:

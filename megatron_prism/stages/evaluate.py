@@ -61,10 +61,10 @@ def run(cfg: EvaluateConfig) -> Path:
     from megatron_prism.evals.responses import reopen_shares
 
     if artifact.is_current(cfg.output, asked, parents(cfg)) and not cfg.regrade and is_as_scored(asked):
-        return cfg.output
+        return artifact.left_as_it_is(cfg.output)
 
     reopen_shares(cfg.output, ranks.rank)
-    with named_disk_full(cfg.output), ranks.together(), _open(asked, ranks) as evaluation:
+    with named_disk_full(cfg.output), ranks.together(), open_evaluation(asked, ranks) as evaluation:
         if cfg.regrade:
             _regrade(evaluation)
         else:
@@ -157,7 +157,7 @@ def _scored_before(cfg: EvaluateConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _open(cfg: EvaluateConfig, ranks: Ranks) -> Iterator["Evaluation"]:
+def open_evaluation(cfg: EvaluateConfig, ranks: Ranks) -> Iterator["Evaluation"]:
     """Questions, held-out text and graders, ready; the model's threads and this rank's GPU are set."""
     from megatron_prism.evals.evaluation import Evaluation
     from megatron_prism.evals.judge import open_judge
@@ -168,7 +168,7 @@ def _open(cfg: EvaluateConfig, ranks: Ranks) -> Iterator["Evaluation"]:
     tasks = [(task, task.selection(_limit(cfg), cfg.tasks.data_dir if cfg.tasks else None)) for task in tasks_of(cfg)]
     held_out = _held_out(cfg.perplexity)
     workers = cfg.tasks.grading_workers if cfg.tasks else None
-    with _threads(cfg.threads), open_judge(workers) as judge, progress() as watch:
+    with torch_threads(cfg.threads), open_judge(workers) as judge, progress() as watch:
         yield Evaluation(cfg, tasks, held_out, judge, ranks, watch)
 
 
@@ -184,7 +184,7 @@ def _held_out(cfg: PerplexityConfig | None) -> list["HeldOut"]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Inside, torch computes with `count` threads (None: as before)."""
     import torch
 

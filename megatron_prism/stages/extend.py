@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from megatron_prism import families
-from megatron_prism.config import Fraction, NonNegative, Positive, differences
+from megatron_prism.config import Fraction, NonNegative, Positive
+from megatron_prism.differences import differences
 from megatron_prism.engine import recipe
 from megatron_prism.engine.recipe import DataSection, TrainConfig, parents
 from megatron_prism.engine.schedule import ScheduleConfig
@@ -66,6 +67,7 @@ def planned(model: ModelConfig, cfg: Config) -> ModelConfig:
 
 def dry_run(cfg: Config) -> None:
     """Print what changes in config.json, then what `prism train` would print."""
+    recipe.check_start(cfg)
     before = families.read_config(recipe.model_files(cfg))
     changed = differences(before, recipe.trained_config(cfg)[0])
     print("config.json  " + ("; ".join(changed) if changed else "stays as it is: the checkpoint's own lengths and rotary embeddings"))

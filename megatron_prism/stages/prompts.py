@@ -21,7 +21,7 @@ from megatron_prism import artifact
 from megatron_prism.config import Block, PositiveFloat, config_hash
 from megatron_prism.errors import UserError
 from megatron_prism.evals.ranks import Ranks
-from megatron_prism.rl.prompt_sets import PromptSetConfig, check_set, find_set
+from megatron_prism.rl.prompt_sets import PromptSetConfig, check_set, find_set, first_line
 from megatron_prism.rl.solvability import SolvabilityConfig
 
 if TYPE_CHECKING:
@@ -70,16 +70,20 @@ def parents(cfg: Config) -> list[Path]:
 
 
 def dry_run(cfg: Config) -> None:
-    """Print what would be read, and how many samples drawn at most from which model. Errors: UserError for what is not there."""
-    from megatron_prism.rl.prompt_files import check_file
+    """Print what would be read, and how many samples drawn at most from which model. Errors: UserError for what is not there, also for graders."""
+    from megatron_prism.grading.graders import check_question
+    from megatron_prism.rl.prompt_files import check_file, read_prompts
     from megatron_prism.rl.prompt_pool import find_ngrams
 
     for each in cfg.sets:
         assert cfg.data_dir is not None
         print(f"set {each.name}: {len(check_set(each, cfg.data_dir))} files" + (f", a sample of {each.sample}" if each.sample else ""))
+        first = first_line(each, cfg.data_dir) if cfg.solvability is not None else None
+        if first is not None:
+            check_question(first.graded)
     for path in cfg.files:
         check_file(path)
-        print(f"file {path}")
+        print(f"file {path}: {sum(1 for _ in read_prompts(path))} prompts")
     print(f"without what {len(find_ngrams(cfg.ngrams))} files of n-grams name" if cfg.ngrams else "not decontaminated: ngrams names nothing")
     if cfg.solvability is not None:
         from megatron_prism.evals.models import find_model
@@ -97,7 +101,7 @@ def run(cfg: Config) -> Path:
 
     ranks = Ranks.of_environment(cfg.output, cfg.patience_seconds)
     if artifact.is_current(cfg.output, cfg, parents(cfg)) and _is_as_read(cfg):
-        return cfg.output
+        return artifact.left_as_it_is(cfg.output)
     inputs = _inputs(cfg)
     pool = read_pool(cfg.sets, cfg.data_dir, cfg.files, cfg.ngrams)
     _check_domains(cfg, pool)
@@ -163,7 +167,7 @@ def _measure(cfg: Config, asked: SolvabilityConfig, pool: "Pool", ranks: Ranks) 
     ranks.take_own_gpus(settings.servers * settings.tensor_parallel if settings.backend == "vllm" else 1)
     name = fingerprint(find_model(asked.model))
     folder = _hf_folder(cfg, asked, name, ranks)
-    prompts, too_long = solvability.ask(pool.lines, asked, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    prompts, too_long = solvability.ask(pool.lines, asked, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     responses = ResponseFolder(cfg.output, "model", "prompts")
     drawn_as = solvability.protocol(asked, name)
     with ExitStack() as stack, open_judge(asked.grading_workers) as judge, progress() as watch:
@@ -223,3 +227,15 @@ def _print(report: Mapping[str, Any]) -> None:
         print(f"{domain}: {found['kept']} of {found['measured']} kept, {found['topped_up']} topped up; prompts by right samples: {by_right}")
     for domain, number in report["prompts"].items():
         print(f"{domain}.jsonl: {number} prompts")
+    if not report["prompts"]:
+        print(f"warning: no prompt was kept; {_way_to_prompts(report)}")
+
+
+def _way_to_prompts(report: Mapping[str, Any]) -> str:
+    """What to set where none is left."""
+    if not report.get("domains"):
+        return "every row was left out for the reasons above: give other sets or files, or other ngrams"
+    return (
+        "no number of right samples lies in its domain's band: set at_least and at_most of [solvability.keep.DOMAIN] by the counts above, "
+        "draw more (solvability.samples, longer ones with max_new_tokens), or ask another model"
+    )

@@ -56,7 +56,7 @@ def dry_run(cfg: Config) -> None:
 def run(cfg: Config) -> Path:
     """Train it; returns the finished folder."""
     if artifact.is_current(cfg.output, cfg):
-        return cfg.output
+        return artifact.left_as_it_is(cfg.output)
     texts = [list(_sample(source, share)) for source, share in zip(cfg.source, _shares(cfg), strict=True)]
     model = _train(cfg, itertools.chain.from_iterable(texts))
     artifact.begin(cfg.output, "tokenizer", cfg)

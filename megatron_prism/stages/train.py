@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_prism.engine import data_plan
-from megatron_prism.engine.recipe import TrainConfig, check, parents
+from megatron_prism.engine.recipe import TrainConfig, check, check_start, parents
 from megatron_prism.planning import cost
 
 __all__ = ["Config", "dry_run", "parents", "run"]
@@ -18,6 +18,7 @@ Config = TrainConfig
 
 def dry_run(cfg: TrainConfig) -> None:
     """Print mesh, parameters, bytes per rank by kind, tokens, FLOPs, and what each source of data gives; for WORLD_SIZE ranks, else the fewest."""
+    check_start(cfg)
     world_size = int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
     model, plan = check(cfg, world_size)
     print(cost.describe_run(model, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training))

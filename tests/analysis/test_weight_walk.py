@@ -28,7 +28,7 @@ def test_figures_are_the_same_for_any_number_of_threads(folders):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(stream.walk(job, 1, lambda done: None))
+            found.append(stream.walk(job, 1, lambda rule, batch: None))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -41,7 +41,7 @@ import multiprocessing, sys, time
 from pathlib import Path
 from megatron_prism.analysis import stream
 
-def stop(done):
+def stop(rule, batch):
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
 

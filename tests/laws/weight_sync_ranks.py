@@ -8,8 +8,10 @@ Written beside each run: NAME/first.pt, what rank 0 was given; NAME/all_RANK.jso
 
 import json
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,11 +42,16 @@ def stream(run: loop.Run, dtype: str | None) -> None:
     (run.cfg.output / f"all_{dist.get_rank()}.json").write_text(json.dumps(digests))
 
 
+def overlapping(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    """DDP as on CUDA: updated weights are gathered while the next forward pass runs."""
+    return lambda *arguments, overlap: wrap(*arguments, overlap=True)
+
+
 def main() -> None:
     """Every case in turn; the fault of all: "stale", weights that nobody gathered after the update."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     for case in plan["cases"].values():
-        with mock.patch.object(loop, "wrap_model", OVERLAPPING if case.get("overlap") else loop.wrap_model):
+        with mock.patch.object(loop, "wrap_model", overlapping(loop.wrap_model) if case.get("overlap") else loop.wrap_model):
             run = loop.build_run(load_recipe(None, [*plan["common"], *case["set"]], TrainConfig))
         for _ in range(2):
             loop._step(run)
@@ -56,14 +63,6 @@ def main() -> None:
         loop._save(run)
         run.close()
     parallel.stop()
-
-
-WRAP_MODEL = loop.wrap_model
-
-
-def OVERLAPPING(*args, overlap):  # noqa: N802 (stands for a function)
-    """DDP as on CUDA: updated weights are gathered while the next forward pass runs."""
-    return WRAP_MODEL(*args, overlap=True)
 
 
 if __name__ == "__main__":

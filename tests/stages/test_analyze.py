@@ -1,6 +1,7 @@
 """`prism analyze`: planted changes are found exactly, whatever form the models have; what cannot be compared is refused before any work."""
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -11,12 +12,15 @@ import pytest
 import torch
 from prism_command import prism
 from safetensors.torch import load_file, save_file
-from tiny_models import edit_config, write_tiny
+from tiny_models import edit_config, imported, write_pairs, write_tiny
 
 from megatron_prism import artifact
-from megatron_prism.config import validate
+from megatron_prism.analysis import stream
+from megatron_prism.analysis.journal import Journal
+from megatron_prism.config import load_recipe, validate
 from megatron_prism.errors import UserError
-from megatron_prism.stages import analyze, convert
+from megatron_prism.stages import analyze
+from megatron_prism.stages.analyze import with_models
 
 WEIGHTS = "model.safetensors"
 CHANGED = "model.layers.2.self_attn.v_proj.weight"
@@ -29,10 +33,6 @@ def config(output: Path, *models: Path, **values: Any) -> analyze.Config:
 
 def analyzed(output: Path, *models: Path, **values: Any) -> dict[str, Any]:
     return json.loads((analyze.run(config(output, *models, **values)) / "analysis.json").read_text())
-
-
-def imported(source: Path, output: Path, **values: Any) -> Path:
-    return convert.run(validate({"direction": "import", "source": str(source), "output": str(output), **values}, convert.Config, "test"))
 
 
 def changed(source: Path, output: Path, change: Any) -> Path:
@@ -51,11 +51,7 @@ def groups(pair: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """Two models each of a dense and a hybrid family."""
-    root = tmp_path_factory.mktemp("models")
-    for name in ("llama", "granite_hybrid"):
-        for seed in (0, 1):
-            write_tiny(name, root / f"{name}{seed}", seed=seed)
-    return root
+    return write_pairs(tmp_path_factory.mktemp("models"))
 
 
 def test_a_model_against_itself_has_not_changed(models, tmp_path):
@@ -208,6 +204,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(models, tmp_path):
         out, first, models / "llama1", pairs=[{"start": "m0", "end": "m1", "paper": "granite"}]
     )
     assert "holds" in refusal(models, first, models / "llama1")
+    assert f"lies in {first}, which is read" in refusal(first / "changes", first, models / "llama1")
     assert not out.exists()
 
 
@@ -250,6 +247,89 @@ def test_names_are_printed_as_they_are(models, tmp_path, capsys):
     listed = [{"name": f"[bold]m{seed} :smile:", "path": str(models / f"llama{seed}")} for seed in (0, 1)]
     analyze.run(validate({"models": listed, "output": str(tmp_path / "out"), "rank": None}, analyze.Config, "test"))
     assert "[bold]m0 :smile: to [bold]m1 :smile:" in capsys.readouterr().out
+
+
+def test_an_analysis_that_was_killed_measures_the_others_alone_and_says_the_same(models, tmp_path, monkeypatch):
+    """Ended in the middle of a pass, its last line cut short; three models, a hybrid's slices, angles and ranks."""
+    third = changed(models / "granite_hybrid0", tmp_path / "third", lambda tensors: [tensor.mul_(1.01) for tensor in tensors.values()])
+    folders = (models / "granite_hybrid0", models / "granite_hybrid1", third)
+    whole = analyzed(tmp_path / "whole", *folders, rank="effective")
+    cfg = config(tmp_path / "out", *folders, rank="effective")
+    measured: list[int] = []
+    real = stream.Walker.batch
+
+    def batch(self: Any, place: int) -> Any:
+        measured.append(place)
+        if measured == list(range(21)):
+            raise InterruptedError
+        return real(self, place)
+
+    monkeypatch.setattr(stream.Walker, "batch", batch)
+    with pytest.raises(InterruptedError):
+        analyze.run(cfg)
+    kept = cfg.output / "measured.jsonl.tmp"
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(lines) == 20 and not artifact.is_complete(cfg.output)
+    kept.write_text("".join(lines[:-1]) + lines[-1][:-40])
+    first, measured[:] = list(measured), []
+    analyze.run(cfg)
+    assert first == list(range(21)) and measured[0] == 19, "19 was the line that was cut short"
+    for file in ("analysis.json", "matrices.csv", "groups.csv", "report.html"):
+        assert (cfg.output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert whole["cosines"] and whole["pairs"][0]["matrices"][0]["stable_rank"]
+    assert not kept.exists()
+
+
+def test_what_was_measured_of_other_models_or_pairs_counts_for_nothing(models, tmp_path):
+    job = stream.Job(("a", "b"), (models / "llama0", models / "llama1"), ((0, 1),), (), frozenset({0}), "stable")
+    (tmp_path / "out").mkdir()
+    Journal(tmp_path / "out", job, ["x", "y"]).add(0, stream.Walker(job).batch(0))
+    assert list(Journal(tmp_path / "out", job, ["x", "y"]).found) == [0]
+    for other, prints in (
+        (job, ["x", "z"]),
+        (dataclasses.replace(job, rank="effective"), ["x", "y"]),
+        (dataclasses.replace(job, pairs=((1, 0),)), ["x", "y"]),
+        (dataclasses.replace(job, folders=(models / "llama0", tmp_path / "elsewhere")), ["x", "y"]),
+    ):
+        Journal(tmp_path / "out", job, ["x", "y"]).add(0, stream.Walker(job).batch(0))
+        assert not Journal(tmp_path / "out", other, prints).found
+
+
+def test_two_analyses_in_one_folder_take_nothing_from_each_other(models, tmp_path):
+    job = stream.Job(("a", "b"), (models / "llama0", models / "llama1"), ((0, 1),), (), frozenset(), None)
+    walker = stream.Walker(job)
+    first = Journal(tmp_path, job, ["x", "y"])
+    second = Journal(tmp_path, job, ["x", "z"])
+    for rule, journal in enumerate((first, second, first, second)):
+        journal.add(rule, walker.batch(rule))
+    assert list(Journal(tmp_path, job, ["x", "z"]).found) == [1, 3]
+
+
+def test_bare_models_are_named_by_their_paths_and_give_what_a_recipe_gives(models, tmp_path):
+    same = [Path(shutil.copytree(models / f"llama{seed}", tmp_path / f"run{seed}/hf")) for seed in (0, 1)]
+    words = [str(folder) for folder in same]
+    done = prism("analyze", *words, "rank=none", "--output", tmp_path / "bare")
+    assert done.returncode == 0, done.stderr
+    bare = json.loads((tmp_path / "bare/analysis.json").read_text())
+    assert [model["name"] for model in bare["models"]] == ["run0-hf", "run1-hf"], "as many parts as tell them apart"
+    recipe = analyzed(tmp_path / "recipe", *same, rank=None)
+    assert bare["pairs"][0]["groups"] == recipe["pairs"][0]["groups"]
+    assert with_models(["a/base", "b/mid", "workers=2"], None)[1:] == ['output="runs/analyze-base-mid"', "workers=2"]
+    assert with_models(["recipe.toml", "workers=2"], Path("1")) == ["recipe.toml", "workers=2", 'output="1"']
+    assert "lr=1-hf" in with_models(["a/lr=1/hf", "a/lr=2/hf"], None)[0], "a path may hold an equals sign"
+    for wrong, message in (
+        ([words[0], words[0]], f"model {words[0]} is given twice"),
+        ([words[0], "a.toml"], "takes a recipe or models, not both"),
+        ([words[0]], "one model has changed against nothing"),
+        (["/a-b/c", "/a/b/c", "/x/b/c"], "have no names that tell them apart; name them in a recipe"),
+        ([words[0], "/"], "have no names"),
+        ([words[0], str(tmp_path / "nowhere")], "is no folder; give a checkpoint"),
+    ):
+        with pytest.raises(UserError) as refused:
+            analyze.run(load_recipe(None, with_models(wrong, None), analyze.Config))
+        assert message in str(refused.value)
+    with pytest.raises(UserError, match="--output out and output=other both say where to write; give one of them"):
+        with_models([*words, "output=other"], Path("out"))
 
 
 def test_the_command_says_what_it_would_do_and_does_it(models, tmp_path):

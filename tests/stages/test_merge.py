@@ -13,7 +13,7 @@ import pytest
 import torch
 from prism_command import prism
 from safetensors.torch import load_file
-from tiny_models import edit_config, write_tiny
+from tiny_models import edit_config, imported, write_pairs, write_tiny
 from training import from_random, recipe
 
 from megatron_prism import artifact
@@ -22,7 +22,7 @@ from megatron_prism.engine import loop, parallel, run_folder, sharded, weights
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
 from megatron_prism.families.components import COMPONENTS, component
-from megatron_prism.stages import convert, merge
+from megatron_prism.stages import merge
 
 SHARES = (0.15, 0.85)
 PARTS = {
@@ -41,10 +41,6 @@ def config(*models: tuple[Path, float] | dict[str, Any], **values: Any) -> merge
     return validate(
         {"models": listed, **{key: str(value) if isinstance(value, Path) else value for key, value in values.items()}}, merge.Config, "test"
     )
-
-
-def imported(source: Path, output: Path, **values: Any) -> Path:
-    return convert.run(validate({"direction": "import", "source": str(source), "output": str(output), **values}, convert.Config, "test"))
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -73,10 +69,8 @@ def assert_mean(found: dict[str, torch.Tensor], parents: list[dict[str, torch.Te
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """Two models each of a dense and a hybrid family: Hugging Face folders, and a checkpoint of the second in another layout."""
-    root = tmp_path_factory.mktemp("models")
+    root = write_pairs(tmp_path_factory.mktemp("models"))
     for name in ("llama", "granite_hybrid"):
-        for seed in (0, 1):
-            write_tiny(name, root / f"{name}{seed}", seed=seed)
         imported(root / f"{name}1", root / f"{name}1_checkpoint", tp=2, pp=2)
     return root
 

@@ -12,7 +12,8 @@ from tiny_hf import make_tiny_model
 from megatron_prism import artifact, stages
 from megatron_prism.config import Block, load_recipe
 from megatron_prism.errors import UserError
-from megatron_prism.rl.recipe import RLConfig, check
+from megatron_prism.rl.prompts import PromptSource
+from megatron_prism.rl.recipe import RLConfig, check, parents
 
 DRY_RUN = """
 import sys
@@ -65,6 +66,20 @@ def test_the_papers_constants_are_the_defaults(root):
     assert (cfg.optimizer.lr, cfg.schedule.kind, cfg.schedule.final_lr_fraction) == (5e-7, "linear", 0.0)
     assert (cfg.objective.kl_coefficient, cfg.objective.importance_cap, cfg.objective.reference) == (0.05, 2.0, "soft")
     assert cfg.objective.updates_per_batch == 1 and cfg.buffer_tokens == 16_384 and cfg.reward.format == "required"
+
+
+def test_a_run_is_made_from_its_checkpoint_and_the_prompt_outputs_that_it_asks(root, tmp_path):
+    """So that prompts which were made again are another request; a file of one's own is no artifact."""
+    made = artifact.begin(tmp_path / "made", "prompts", Block())
+    files = [made / "math.jsonl", made / "code.jsonl", root / "prompts.jsonl"]
+    for file in files:
+        file.write_text((root / "prompts.jsonl").read_text())
+    artifact.complete(made)
+    cfg = config(root)
+    sources = [PromptSource(file=file) for file in files]
+    asked = cfg.model_copy(update={"prompts": cfg.prompts.model_copy(update={"sources": sources})})
+    assert parents(asked) == [root / "start", made]
+    assert parents(cfg) == [root / "start"]
 
 
 def run_apart(arguments: list[str]) -> str:

@@ -155,6 +155,16 @@ def test_a_run_that_is_asked_to_stop_stops_and_evaluates_when_it_goes_on(root: P
     assert [line["step"] for line in scores(run)] == [1, 2]
 
 
+def test_a_stop_at_the_last_step_leaves_the_evaluation_owed_and_the_run_unfinished(root: Path) -> None:
+    run, settings = root / "stopped_at_last", {"checkpoint__save_interval": 1, "evaluation__interval": 1, "steps": 1}
+    train.run(config(root, run, time_limit_minutes=1e-6, **settings))
+    assert scores(run) == [] and not artifact.is_complete(run)
+    train.run(config(root, run, **settings))
+    assert [line["step"] for line in scores(run)] == [1] and artifact.is_complete(run)
+    train.run(config(root, run, **settings))
+    assert [line["step"] for line in scores(run)] == [1], "once"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
