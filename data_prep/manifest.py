@@ -194,7 +194,10 @@ def write_manifest(manifest: Manifest) -> Path:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a split, as `NAME/train` of a prep output. Errors: UserError when it is missing, unfinished or of a newer schema."""
+    """The manifest of a split, as `NAME/train` of a prep output.
+
+    Errors: UserError when it is missing, unfinished, of a newer schema, or lists shards outside its folder without being `adopt`'s.
+    """
     folder = Path(folder)
     prep_output = folder.parent.parent
     if (prep_output / artifact.PROVENANCE).is_file() and not artifact.is_complete(prep_output):
@@ -212,7 +215,17 @@ def load_manifest(folder: Path) -> Manifest:
     shards = tuple(Shard.read(shard) for shard in content.pop("shards"))
     selection = Selection(**chosen) if (chosen := content.pop("selection", None)) else None
     known = {key: value for key, value in content.items() if key not in ("num_documents", "num_tokens", "inputs", "schema_version")}
-    return Manifest(folder=folder, shards=shards, inputs=tuple(content["inputs"]), selection=selection, **known)
+    manifest = Manifest(folder=folder, shards=shards, inputs=tuple(content["inputs"]), selection=selection, **known)
+    if not manifest.adopted:
+        _check_inside(manifest)
+    return manifest
+
+
+def _check_inside(manifest: Manifest) -> None:
+    """Shards that `prism prep` wrote lie beside their manifest. Adopted ones lie elsewhere: `prism adopt` was told where."""
+    for shard in manifest.shards:
+        for path in (bin_path, idx_path, *((mask_path,) if shard.mask else ())):
+            artifact.inside(manifest.folder, str(path(Path(shard.name))), MANIFEST)
 
 
 def verify(folder: Path, full: bool = False) -> Manifest:

@@ -12,7 +12,6 @@ from pydantic import BaseModel
 
 from megatron_prism import artifact
 from megatron_prism.data_prep.journal import Journal
-from megatron_prism.data_prep.progress import console
 from megatron_prism.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,7 +29,7 @@ def make(
         if changed := changes():
             raise UserError(f"{output} was made from other {inputs}: {', '.join(changed[:5])} changed; choose another output or remove the folder")
         Journal(output).remove()  # what a run left that was killed right after the end
-        console.print(f"{output} is complete; nothing to do", highlight=False)
+        artifact.left_as_it_is(output)
         return None
     if artifact.is_complete(output):
         artifact.begin(output, "prep", config)  # refuses a finished output of another recipe

@@ -30,8 +30,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_prism import __version__
-from megatron_prism.config import config_hash, differences, read_resolved, to_toml
+from megatron_prism import __version__, secrets
+from megatron_prism.config import config_hash, read_resolved, to_toml
+from megatron_prism.differences import differences
 from megatron_prism.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -44,6 +45,9 @@ SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
 HASHED_END_BYTES = 1 << 16
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+WAY_OUT = "choose another output (output=...) or remove the folder"
+KIND_IN_WORDS = {"checkpoint": "a checkpoint", "hf": "a Hugging Face folder"}
+"""of kinds that are no stage's name"""
 CHANGED = "the artifact was changed; remove the folder and run its stage again"
 
 
@@ -53,8 +57,10 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
     kind: the stage's name, checked when the folder is read back. parents: the finished artifacts it is made from.
     A folder that was begun and has no COMPLETE is taken up again (its stage decides what it can reuse; `begun_as` tells what it was for); one that
     is COMPLETE is opened again only by the same config and parents. Errors: UserError for an unfinished parent, another kind's folder, another run's
-    finished folder, and a folder with files that no stage began.
+    finished folder, a folder with files that no stage began, and a config that holds a secret (it would be written here).
     """
+    text = to_toml(config)
+    secrets.refuse(tomllib.loads(text))
     provenance = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -62,7 +68,7 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "config_hash": config_hash(config),
         "parents": {str(parent): digest(parent) for parent in parents},
-        "command": sys.argv,
+        "command": [secrets.mask(word) for word in sys.argv],
         "commit": git_commit(),
         "versions": {"megatron-prism": __version__, "python": platform.python_version(), **package_versions()},
         "host": host_shape(),
@@ -77,23 +83,23 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
         (folder / COMPLETE).unlink()
         sync_folder(folder)  # the mark is gone for good before anything else changes
     write_atomic(folder / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
-    write_atomic(folder / CONFIG, to_toml(config))
+    write_atomic(folder / CONFIG, text)
     return folder
 
 
 def _check_free(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path]) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; an output is a folder: choose another output")
+        raise UserError(f"{folder} is a file; an output is a folder: choose another output (output=...)")
     if not folder.is_dir() or not any(path.suffix != ".tmp" for path in folder.iterdir()):
         return
     if not (folder / PROVENANCE).is_file():
-        raise UserError(f"{folder} is not empty and was not made by a stage (no {PROVENANCE} in it); choose another output or remove the folder")
+        raise UserError(f"{folder} is not empty and was not made by a stage (no {PROVENANCE} in it); {WAY_OUT}")
     found = _read_json(folder / PROVENANCE)["kind"]
     if found != kind:
-        raise UserError(f"{folder} is a {found}, so a {kind} cannot be written there; choose another output or remove the folder")
+        raise UserError(f"{folder} is {_in_words(found)}, so {_in_words(kind)} cannot be written there; {WAY_OUT}")
     changed = changes(folder, config, parents) if is_complete(folder) else []
     if changed:
-        raise UserError(f"{folder} is a finished {kind} of another request ({_few(changed)}); choose another output or remove the folder")
+        raise UserError(f"{folder} is a finished {kind} of another request ({_few(changed)}); {WAY_OUT}")
 
 
 def annotate(folder: Path, **facts: Any) -> None:
@@ -120,8 +126,10 @@ def complete(folder: Path) -> str:
     return str(record["digest"])
 
 
-def require(folder: Path, kind: str | None = None) -> dict[str, Any]:
+def require(folder: Path, kind: str | None = None, accepted: str | None = None) -> dict[str, Any]:
     """The provenance of a finished artifact, after checking that every file it recorded is there in its size.
+
+    accepted: what else may be given in its place, in words: "a checkpoint, a training run or a Hugging Face folder".
 
     Errors: UserError naming the folder when it is missing, unfinished, of another kind, of a newer schema, or was changed.
     """
@@ -139,13 +147,32 @@ def require(folder: Path, kind: str | None = None) -> dict[str, Any]:
                 f"{folder} has artifact schema {part['schema_version']}, this version reads up to {SCHEMA_VERSION}; upgrade megatron-prism"
             )
     if kind is not None and provenance["kind"] != kind:
-        raise UserError(f"{folder} is a {provenance['kind']}, but a {kind} is needed here")
+        raise UserError(f"{folder} is {_in_words(provenance['kind'])}, but {accepted or _in_words(kind)} is needed here")
     for name, size in record["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        path = inside(folder, name, COMPLETE)
+        found = path.stat().st_size if path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise UserError(f"{folder / name} {state}, {COMPLETE} says {size} bytes: {CHANGED}")
     return provenance
+
+
+def inside(folder: Path, name: str, named_by: str, links: bool = False) -> Path:
+    """`folder / name`, where `named_by`, a list of files such as a manifest, names it. Errors: UserError for a name that leaves the folder.
+
+    What a list names is read as data of its folder, so it may not lead elsewhere: by an absolute path, by "..", or through a symbolic link.
+    links: those are allowed (a Hugging Face cache keeps every file behind one).
+    """
+    root = os.path.realpath(folder)
+    reached = [os.path.normpath(os.path.join(root, name))]  # noqa: PTH118 (the lexical place: Path.resolve follows links before "..")
+    if not links:
+        reached.append(os.path.realpath(folder / name))
+    if not name or any(os.path.commonpath([place, root]) != root for place in reached):
+        raise UserError(
+            f"{folder / named_by} names {name!r}, which leads out of {folder}: it can list files of its own folder alone; "
+            "make it again, or put them there"
+        )
+    return folder / name
 
 
 def verify(folder: Path) -> None:
@@ -183,6 +210,13 @@ def is_current(folder: Path, config: BaseModel, parents: Sequence[Path] = ()) ->
     return not changes(folder, config, parents)
 
 
+def left_as_it_is(folder: Path) -> Path:
+    """Say, once for all ranks, that a stage has nothing to do for an output that is current; returns it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{folder} is finished and unchanged: nothing to do")
+    return folder
+
+
 def changes(folder: Path, config: BaseModel, parents: Sequence[Path] = ()) -> list[str]:
     """Why a finished folder is not what this config and these parents would make, one text a reason; empty when it is.
 
@@ -192,15 +226,22 @@ def changes(folder: Path, config: BaseModel, parents: Sequence[Path] = ()) -> li
     found: list[str] = []
     if provenance["config_hash"] != config_hash(config):
         found = _config_changes(folder / CONFIG, config)
-    recorded = list(provenance["parents"].values())
-    for place, parent in enumerate(parents):
-        if not is_complete(parent):
-            found.append(f"its input {parent} is not finished")
-        elif place >= len(recorded) or digest(parent) != recorded[place]:
-            found.append(f"its input {parent} was made again since")
-    if len(recorded) > len(parents):
-        found.append(f"it was made from {len(recorded)} inputs, now {len(parents)}")
-    return found
+    return found + _parent_changes(provenance["parents"], parents)
+
+
+def _parent_changes(recorded: dict[str, str], parents: Sequence[Path]) -> list[str]:
+    """How the inputs of a finished folder, path -> digest as it recorded them, differ from those of today."""
+    found = [f"its input {parent} is not finished" for parent in parents if not is_complete(parent)]
+    now = {parent: digest(parent) for parent in parents if is_complete(parent)}
+    if not found and list(now.values()) == list(recorded.values()):
+        return []
+    paths = {Path(path).resolve() for path in recorded}
+    for parent, name in now.items():
+        if name not in recorded.values():
+            found.append(f"its input {parent} was made again since" if parent.resolve() in paths else f"{parent} is a new input")
+    here = {parent.resolve() for parent in parents}
+    found += [f"{path} is no longer an input" for path, name in recorded.items() if name not in now.values() and Path(path).resolve() not in here]
+    return found or ["its inputs are in another order"]
 
 
 def _config_changes(path: Path, config: BaseModel) -> list[str]:
@@ -300,6 +341,10 @@ def _digest_of_files(folder: Path, sizes: dict[str, int]) -> str:
             file.seek(-HASHED_END_BYTES, os.SEEK_END)
             hasher.update(file.read(HASHED_END_BYTES))
     return hasher.hexdigest()
+
+
+def _in_words(kind: str) -> str:
+    return KIND_IN_WORDS.get(kind, f"an output of prism {kind}")
 
 
 def _few(texts: list[str], shown: int = 4) -> str:

@@ -3,7 +3,8 @@
     prism <stage> RECIPE.toml [key.sub=value ...] [--dry-run]
     prism convert import HF_DIR OUT      prism convert export CHECKPOINT OUT
     prism plan RECIPE|MODEL              prism run PIPELINE.toml              prism doctor
-    prism inspect OUTPUT|BLEND.toml
+    prism launch local|slurm|nemo RECIPE|PIPELINE.toml
+    prism inspect OUTPUT|BLEND.toml      prism report RUN [RUN ...]
     prism stage my.module RECIPE.toml    (a stage of your own)
 
 Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0.
@@ -26,7 +27,7 @@ from megatron_prism.errors import ERROR_FILE, UserError
 SECONDS_FOR_RANK_0 = 5.0
 
 app = typer.Typer(
-    help="Carry an open base model from pre-training to RL: data, conversion, mid-training, evaluation.",
+    help="Carry an open base model from pre-training to RL: data, conversion, mid-training, RL, evaluation, analysis of what changed.",
     epilog="A recipe's keys: prism train --keys. What a recipe would do: prism train RECIPE.toml --dry-run.",
     no_args_is_help=True,
     add_completion=False,
@@ -35,6 +36,8 @@ app = typer.Typer(
 )
 convert = typer.Typer(help=stages.STAGES["convert"], no_args_is_help=True)
 app.add_typer(convert, name="convert")
+launch = typer.Typer(help="Start a recipe or a pipeline: on this machine, as Slurm jobs, as a nemo-run experiment.", no_args_is_help=True)
+app.add_typer(launch, name="launch")
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE.toml] [key.sub=value ...]", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan; write nothing")]
@@ -99,7 +102,7 @@ def _dispatch(stage: stages.Stage, config: Any, dry_run: bool) -> None:
 
 
 def _recipe_command(name: str) -> None:
-    """`prism NAME RECIPE.toml`: what every stage but convert, which has commands of its own, looks like."""
+    """`prism NAME RECIPE.toml`: what every stage but convert, report and analyze, which have commands of their own, looks like."""
 
     @app.command(name, help=stages.STAGES[name])
     def command(words: Words = None, dry_run: DryRun = False, keys: Keys = False) -> None:
@@ -107,8 +110,22 @@ def _recipe_command(name: str) -> None:
 
 
 for _name in stages.STAGES:
-    if _name != "convert":
+    if _name not in ("convert", "report", "analyze"):
         _recipe_command(_name)
+
+
+@app.command(help=stages.STAGES["analyze"])
+def analyze(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="RECIPE.toml | MODEL MODEL [MODEL ...] [key.sub=value ...]", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to write; default, of bare models: runs/analyze-NAME-NAME")] = None,
+    dry_run: DryRun = False,
+    keys: Keys = False,
+) -> None:
+    from megatron_prism.stages.analyze import with_models
+
+    _run_stage("analyze", with_models(words or [], output), dry_run, keys)
 
 
 @app.command("stage", hidden=True)
@@ -171,6 +188,70 @@ def run(
     run_pipeline(pipeline, dry_run=dry_run, remake=remake)
 
 
+Targets = Annotated[list[str], typer.Argument(metavar="RECIPE|PIPELINE.toml [key.sub=value ...]", show_default=False)]
+StageOf = Annotated[str | None, typer.Option(help="whose recipe it is; default: what its name begins with, as in train_16k.toml")]
+Nodes = Annotated[int | None, typer.Option(help="machines")]
+Gpus = Annotated[int | None, typer.Option(help="GPUs of each machine; a training stage has one rank a GPU")]
+Ranks = Annotated[int | None, typer.Option(help="processes in all, where there are no GPUs")]
+Hours = Annotated[float | None, typer.Option(help="wall-clock limit; of a pipeline: the most that a stage asks for")]
+ClusterFile = Annotated[Path | None, typer.Option(envvar="PRISM_CLUSTER", help="what the cluster wants to know; its keys: docs/launch.md")]
+Account = Annotated[str | None, typer.Option(help="account to charge; wins over the cluster file")]
+PartitionName = Annotated[str | None, typer.Option(help="partition to queue in; wins over the cluster file")]
+PrintOnly = Annotated[bool, typer.Option("--print", help="show what would be started; write nothing")]
+
+
+@launch.command("local")
+def launch_local(words: Targets, stage: StageOf = None, gpus: Gpus = None, ranks: Ranks = None, print_only: PrintOnly = False) -> None:
+    """torchrun on this machine; a pipeline as prism run does it."""
+    from megatron_prism.launch import launcher
+
+    launcher.local(launcher.read(words, stage, gpus=gpus, ranks=ranks), print_only)
+
+
+@launch.command("slurm")
+def launch_slurm(
+    words: Targets,
+    stage: StageOf = None,
+    nodes: Nodes = None,
+    gpus: Gpus = None,
+    ranks: Ranks = None,
+    hours: Hours = None,
+    cluster: ClusterFile = None,
+    account: Account = None,
+    partition: PartitionName = None,
+    after: Annotated[list[str] | None, typer.Option(help="number of a job to wait for")] = None,
+    print_only: PrintOnly = False,
+) -> None:
+    """One sbatch script a stage; a pipeline as jobs that wait for each other, without those whose output is finished."""
+    from megatron_prism.launch import launcher
+    from megatron_prism.launch.cluster import load_cluster
+
+    target = launcher.read(words, stage, nodes=nodes, gpus=gpus, ranks=ranks, hours=hours)
+    launcher.on_slurm(target, load_cluster(cluster, account=account, partition=partition), after or [], print_only)
+
+
+@launch.command("nemo")
+def launch_nemo(
+    words: Targets,
+    stage: StageOf = None,
+    nodes: Nodes = None,
+    gpus: Gpus = None,
+    ranks: Ranks = None,
+    hours: Hours = None,
+    cluster: ClusterFile = None,
+    account: Account = None,
+    partition: PartitionName = None,
+    detach: Annotated[bool, typer.Option("--detach", help="return once it is submitted")] = False,
+    print_only: PrintOnly = False,
+) -> None:
+    """A nemo-run experiment, on the executor that the cluster file names: local, slurm, skypilot."""
+    from megatron_prism.launch import launcher
+    from megatron_prism.launch.cluster import load_cluster
+
+    target = launcher.read(words, stage, nodes=nodes, gpus=gpus, ranks=ranks, hours=hours)
+    launcher.on_nemo(target, load_cluster(cluster, account=account, partition=partition), detach, print_only)
+
+
 @app.command()
 def plan(
     target: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="training recipe, published name, or folder with a config.json")],
@@ -200,15 +281,38 @@ def inspect(
     inspector.run(target, page, seq_len, tokens, samples)
 
 
+@app.command(help=stages.STAGES["report"])
+def report(
+    words: Annotated[list[str] | None, typer.Argument(metavar="RUN [RUN ...]", help="outputs of stages, folders of them; or a recipe")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE.html|FOLDER", help="of bare paths: what to write")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="of bare paths: heading; default: the first path's name")] = None,
+    paper: Annotated[str | None, typer.Option(metavar="MODEL", help="of bare paths: the paper's model whose rows stand beside")] = None,
+    dry_run: DryRun = False,
+    keys: Keys = False,
+) -> None:
+    if keys or not words or any("=" in word or word.endswith(".toml") for word in words):
+        _run_stage("report", words, dry_run, keys)
+        return
+    from megatron_prism.stages import report as reporter
+
+    reporter.write([Path(word) for word in words], output, title, paper, dry_run)
+
+
 @app.command()
-def doctor() -> None:
-    """What this machine offers to the engine.
+def doctor(
+    path: Annotated[Path, typer.Option(metavar="DIR", help="folder that outputs go to: its disk and its semantics are tried")] = Path(),
+    ranks: Annotated[int, typer.Option(help="processes of the all-reduce")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda, as in a recipe")] = "auto",
+    only: Annotated[list[str] | None, typer.Option(metavar="CHECK", help="this check alone; can be given several times")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Whether this machine can carry a run: software, GPUs, disk, ranks, a training step; each finding with its fix.
 
-    Devices and versions, which engine parts are active, and every patch that the CPU layer applies.
+    Status 1 if anything is red.
     """
-    from megatron_prism.engine.device import report
+    from megatron_prism.doctor import command
 
-    typer.echo(report())
+    raise typer.Exit(command.run(path, ranks, device, only or [], as_json))
 
 
 @app.command()

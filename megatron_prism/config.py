@@ -11,11 +11,12 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_prism.differences import shown
 from megatron_prism.errors import UserError
 
 
@@ -34,6 +35,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Schema = TypeVar("Schema", bound=BaseModel)
+TIMEOUT_MINUTES = "PRISM_TIMEOUT_MINUTES"
+"""Environment variable: how long the ranks of a process group wait for each other, where the stage says nothing of its own."""
 RESOLVED = "resolved"
 """The validation context of a config that says all that other files said when it was made."""
 
@@ -220,25 +223,6 @@ def to_toml(config: BaseModel) -> str:
     return tomli_w.dumps(_spelled_out(config))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two nested tables, one text a key: `train.steps was 100, now 200`."""
-    found: list[str] = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += differences(was, now, f"{prefix}{key}.")
-        elif _are_tables(was) and _are_tables(now) and len(was) == len(now):
-            for number, pair in enumerate(zip(was, now, strict=True)):
-                found += differences(*pair, f"{prefix}{key}.{number}.")
-        elif was != now:
-            found.append(f"{prefix}{key} was {_shown(was)}, now {_shown(now)}")
-    return found
-
-
-def _are_tables(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
 def config_hash(config: BaseModel) -> str:
     """sha256 of the resolved config: two runs with one hash were asked for the same thing."""
     text = json.dumps(json.loads(config.model_dump_json()), sort_keys=True)
@@ -274,11 +258,6 @@ def _off(value: Any) -> Any:
     if isinstance(value, list):
         return [_off(item) for item in value]
     return None if value == "none" else value
-
-
-def _shown(value: Any) -> str:
-    text = "unset" if value is None else json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -333,7 +312,7 @@ def _describe(problem: Any, schema: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{place}: {message}" if problem["loc"] else message
-    return f"{place}={_shown(problem['input'])}: {message[:1].lower()}{message[1:]}{meaning}"
+    return f"{place}={shown(problem['input'])}: {message[:1].lower()}{message[1:]}{meaning}"
 
 
 def _nearest(place: str, schema: type[BaseModel]) -> str:

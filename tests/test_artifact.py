@@ -81,8 +81,17 @@ def test_whenever_the_work_is_stopped_the_folder_is_refused(tmp_path: Path, monk
 def test_a_missing_folder_and_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; run the stage that makes it"):
         artifact.require(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is a prep, but a checkpoint is needed here"):
+    with pytest.raises(UserError, match="is an output of prism prep, but a checkpoint is needed here"):
         artifact.require(_make(tmp_path / "made"), "checkpoint")
+
+
+def test_where_models_of_several_forms_are_taken_all_of_them_are_named(tmp_path: Path) -> None:
+    from megatron_prism.engine import run_folder
+
+    with pytest.raises(UserError, match="is an output of prism prep, but a checkpoint, a training run or a Hugging Face folder is needed here"):
+        run_folder.find_weights(_make(tmp_path / "made"), "model")
+    with pytest.raises(UserError, match="is an output of prism prep, but a checkpoint or a training run is needed here"):
+        run_folder.resolve(tmp_path / "made")
 
 
 def test_a_parent_that_is_not_finished_cannot_be_built_on(tmp_path: Path) -> None:
@@ -131,8 +140,12 @@ def test_a_folder_is_current_for_its_own_config_and_parents_alone(tmp_path: Path
     child = _make(tmp_path / "child", parents=(parent,))
     assert artifact.is_current(child, Config(), [parent])
     assert artifact.changes(child, Config(seed=8), [parent]) == ["seed was 7, now 8"]
-    assert artifact.changes(child, Config(), [other]) == [f"its input {other} was made again since"]
-    assert artifact.changes(child, Config(), []) == ["it was made from 1 inputs, now 0"]
+    assert artifact.changes(child, Config(), [other]) == [f"{other} is a new input", f"{parent} is no longer an input"]
+    assert artifact.changes(child, Config(), []) == [f"{parent} is no longer an input"]
+    assert artifact.changes(child, Config(), [parent, other]) == [f"{other} is a new input"]
+    both = _make(tmp_path / "both", parents=(parent, other))
+    assert artifact.changes(both, Config(), [other, parent]) == ["its inputs are in another order"]
+    assert artifact.changes(both, Config(), [other]) == [f"{parent} is no longer an input"]
     assert not artifact.is_current(tmp_path / "nowhere", Config())
 
 
@@ -176,7 +189,7 @@ def test_a_project_that_was_moved_is_still_current(tmp_path: Path) -> None:
 
 def test_a_finished_folder_is_not_written_over_by_another_request(tmp_path: Path) -> None:
     folder = _make(tmp_path / "made")
-    with pytest.raises(UserError, match=r"finished prep of another request \(seed was 7, now 8\); choose another output or remove the folder"):
+    with pytest.raises(UserError, match=r"finished prep of another request \(seed was 7, now 8\); choose another output \(output=\.\.\.\) or remove"):
         artifact.begin(folder, "prep", Config(seed=8))
     artifact.verify(folder)
     artifact.begin(folder, "prep", Config())
@@ -190,7 +203,7 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     for name, words in (("home", "is not empty and was not made by a stage"), ("file", "is a file; an output is a folder")):
         with pytest.raises(UserError, match=words):
             artifact.begin(tmp_path / name, "prep", Config())
-    with pytest.raises(UserError, match="is a prep, so a train cannot be written there"):
+    with pytest.raises(UserError, match="is an output of prism prep, so an output of prism train cannot be written there"):
         artifact.begin(_make(tmp_path / "made"), "train", Config())
     assert (tmp_path / "home/thesis.tex").read_text() == "years of work"
 

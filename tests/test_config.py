@@ -14,7 +14,6 @@ from megatron_prism.config import (
     Positive,
     as_overrides,
     config_hash,
-    differences,
     load_recipe,
     merge,
     to_toml,
@@ -192,11 +191,6 @@ def test_a_key_that_is_a_matter_of_the_machine_is_no_part_of_the_request() -> No
 
     one, two = Machine(output=Path("a"), workers=1), Machine(output=Path("a"), workers=2)
     assert config_hash(one) == config_hash(two) and to_toml(one) == to_toml(two) == 'output = "a"\n'
-
-
-def test_differences_name_each_key_with_both_values() -> None:
-    old, new = {"train": {"steps": 100, "old": 1}, "same": 2}, {"train": {"steps": 200}, "same": 2, "more": {"a": 1}}
-    assert differences(old, new) == ["train.steps was 100, now 200", "train.old was 1, now unset", 'more was unset, now {"a": 1}']
 
 
 def test_a_config_is_frozen() -> None:

@@ -184,6 +184,21 @@ def write_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed
     return folder
 
 
+def write_pairs(folder: Path) -> Path:
+    """Two models each of a dense and a hybrid family: llama0, llama1, granite_hybrid0, granite_hybrid1."""
+    for name in ("llama", "granite_hybrid"):
+        for seed in (0, 1):
+            write_tiny(name, folder / f"{name}{seed}", seed=seed)
+    return folder
+
+
+def imported(source: Path, output: Path, **values: Any) -> Path:
+    """A checkpoint of a Hugging Face folder. values: other keys of the recipe of `prism convert`."""
+    from megatron_prism.stages import convert
+
+    return convert.run(convert.Config(direction="import", source=source, output=output, **values))
+
+
 def randomize(model: torch.nn.Module) -> None:
     """Every parameter random, in the order of the names: norms and D around 1, time steps from about 0.02 to 0.9, biases too."""
     with torch.no_grad():

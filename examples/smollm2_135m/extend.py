@@ -10,17 +10,17 @@ The text: source files of Python packages to train on, of the standard library t
 """
 
 import argparse
-import importlib.util
 import json
+import runpy
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_prism import artifact, families
+from megatron_prism import families
 from megatron_prism.config import load_recipe, validate
-from megatron_prism.stages import convert, evaluate, extend, prep
+from megatron_prism.stages import convert, evaluate, extend, prep, run_once
 
 HERE = Path(__file__).resolve().parent
 NEEDLES = ("niah_single_1", "niah_single_2")
@@ -71,23 +71,8 @@ def arguments() -> argparse.Namespace:
 
 def imported(asked: argparse.Namespace) -> Path:
     """The model as a checkpoint."""
-    source = asked.model or asked.gguf or load_example("run").find_gguf()
-    return converted({"direction": "import", "source": source, "output": asked.work / "import"})
-
-
-def converted(config: dict[str, Any]) -> Path:
-    """`prism convert`, unless it was done."""
-    cfg = validate(config, convert.Config, str(config["output"]))
-    return cfg.output if artifact.is_current(cfg.output, cfg, convert.parents(cfg)) else convert.run(cfg)
-
-
-def load_example(name: str) -> Any:
-    """Another file of this folder."""
-    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    source = asked.model or asked.gguf or runpy.run_path(str(HERE / "run.py"))["find_gguf"]()
+    return run_once(convert, {"direction": "import", "source": source, "output": asked.work / "import"})
 
 
 def prepared(asked: argparse.Namespace, start: Path) -> Path:
@@ -119,7 +104,7 @@ def trained(asked: argparse.Namespace, start: Path, blend: Path) -> Path:
 
 def compared(asked: argparse.Namespace, start: Path) -> dict[str, Path]:
     """Hugging Face folders: the model as it is but for the length that it admits to, the same with the new rotary base, the trained one."""
-    before = converted({"direction": "export", "source": start, "output": asked.work / "before"})
+    before = run_once(convert, {"direction": "export", "source": start, "output": asked.work / "before"})
     trained = asked.work / "extend" / "hf"
     config, changed = (families.read_config(folder) for folder in (before, trained))
     length = {"max_position_embeddings": changed["max_position_embeddings"]}

@@ -8,34 +8,64 @@ Controls, with the first:     rl_long (RL for twice as many steps)   rl_random (
                               mid_long (mid-training for as many tokens more as mid_rl was trained on)
 Questions: RL and mid-training see generators of TRAINED alone, and of those RL takes the ones of which the start answers some (LEAST_SOLVED) at least
 once in 16 tries. Scores: other questions of these, generators that nothing was trained on (HELD_OUT), and the loss on held-out prose.
-WORK/scores.json, table.md    every figure, with 95 % intervals over questions; WORK/scores/report.html has the answers
+WORK/scores.json, table.md    every figure; differences from the start with 95 % intervals (paired bootstrap over questions, seeds averaged)
+WORK/curves.svg               right answers by step, of each RL run
+WORK/scores/ARM_SEED          an evaluation each, report.html has the answers; WORK/ARM_SEED/report.html the curves and samples of an RL run
 Done stages are skipped, stopped ones go on: start the same command again.
 """
 
 import argparse
 import concurrent.futures
-import importlib.util
 import json
 import math
 import os
+import queue
+import runpy
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe, merge, validate
-from megatron_prism.stages import convert, evaluate, prep, rl, train
+from megatron_prism.evals.chart import Axes, Point, picture
+from megatron_prism.evals.chart import lines as lines_of
+from megatron_prism.evals.compare import compare_means
+from megatron_prism.stages import convert, evaluate, prep, rl, run_once, train
 
 HERE = Path(__file__).resolve().parent
-TRAINED = ("basic_arithmetic", "gcd", "simple_equations", "syllogism", "bitwise_arithmetic", "string_manipulation")
-HELD_OUT = ("fraction_simplification", "base_conversion", "aiw", "family_relationships", "knights_knaves", "list_functions")
+CORPUS = HERE.parent / "tiny" / "corpus.py"
+TRAINED: dict[str, dict[str, Any]] = {
+    "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_parentheses": False, "allow_negation": False},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 20},
+    "simple_equations": {"min_terms": 2, "max_terms": 2, "min_value": 1, "max_value": 9},
+    "syllogism": {},
+    "letter_counting": {"min_words": 3, "max_words": 5},
+}
+HELD_OUT: dict[str, dict[str, Any]] = {
+    "leg_counting": {"min_animals": 1, "max_animals": 1, "min_instances": 1, "max_instances": 4},
+    "base_conversion": {"min_value": 1, "max_value": 30},
+    "count_bits": {"min_n": 1, "max_n": 64},
+    "aiw": {},
+    "family_relationships": {},
+    "coin_flip": {"min_trials": 3, "max_trials": 4},
+}
+"""reasoning-gym's generator -> its parameters: easy enough for a model of 135 million parameters"""
+PROMPT = "Question: What is 3 + 4?\nAnswer: 7\n\nQuestion: Is ice cold? Answer Yes or No.\nAnswer: Yes\n\nQuestion: {question}\nAnswer:"
+"""two answers before each question: in a chat the model ends one answer of twenty-five as it is asked to"""
 ARMS = ("rl", "mid", "mid_rl")
 CONTROLS = ("rl_long", "rl_random", "mid_long")
+BUILDS_ON = {"mid_rl": "mid", "mid_long": "mid_rl"}
+"""an arm -> the arm of the same seed that must be there before"""
 LEAST_SOLVED = 0.05
 """share of a generator's questions that the start must answer at least once in 16 tries for RL to take it"""
-ANSWER_TOKENS = 128
+ANSWER_TOKENS = 12
 
 
 def main() -> None:
@@ -46,10 +76,10 @@ def main() -> None:
         run_arm(asked, name, int(seed))
         return
     prepared(asked)
-    run_all(asked, [f"{name}:{seed}" for name in ARMS[:2] for seed in asked.seeds] + [f"{name}:{asked.seeds[0]}" for name in CONTROLS[:2]])
-    run_all(asked, [f"mid_rl:{seed}" for seed in asked.seeds])
-    run_all(asked, [f"mid_long:{asked.seeds[0]}"])
-    show(asked, scored(asked))
+    first = asked.seeds[0]
+    order = [*(f"mid:{seed}" for seed in asked.seeds), f"rl_long:{first}", *(f"rl:{seed}" for seed in asked.seeds), f"rl_random:{first}"]
+    run_all(asked, [*order, *(f"mid_rl:{seed}" for seed in asked.seeds), f"mid_long:{first}", f"start:{first}"])
+    show(asked, summary(asked))
 
 
 def arguments() -> argparse.Namespace:
@@ -78,17 +108,24 @@ def arguments() -> argparse.Namespace:
 def prepared(asked: argparse.Namespace) -> None:
     """The model, the texts, and what the start can solve."""
     start = asked.work / "start"
-    source = asked.model or asked.gguf or load_example("run").find_gguf()
-    once(convert, {"direction": "import", "source": source, "output": start})
+    source = asked.model or asked.gguf or runpy.run_path(str(HERE / "run.py"))["find_gguf"]()
+    run_once(convert, {"direction": "import", "source": source, "output": start})
     count = 200 if asked.quick else 4000
-    asks = {name: {"task": name, "form": "short", "count": count} for name in TRAINED}
+    asks = {name: {"task": str(task_file(asked, name)), "form": "short", "count": count} for name in TRAINED}
     texts = [{"name": name, "domain": "math", "weight": 60, "function": f"{CORPUS}:tasks", "arguments": words} for name, words in asks.items()]
     prose = {"name": "prose", "domain": "general", "weight": 90, "function": f"{CORPUS}:prose"}
-    once(prep, {"output": asked.work / "data", "tokenizer": start / "hf", "validation_fraction": 0.06, "seed": 1, "source": [*texts, prose]})
-    once(evaluate, scoring(asked, asked.work / "solvable", {"start": start}, list(TRAINED), n=2 if asked.quick else 16))
+    run_once(prep, {"output": asked.work / "data", "tokenizer": start / "hf", "validation_fraction": 0.06, "seed": 1, "source": [*texts, prose]})
+    run_once(evaluate, scoring(asked, asked.work / "solvable", {"start": start}, list(TRAINED), n=2 if asked.quick else 16))
 
 
-CORPUS = HERE.parent / "tiny" / "corpus.py"
+def task_file(asked: argparse.Namespace, name: str) -> Path:
+    """The task of a generator: what is asked, and that the first line of what follows is the answer."""
+    task = {"name": name, "domain": "reasoning", "dataset": name, "params": {**TRAINED, **HELD_OUT}[name], "prompt": PROMPT, "extraction": "whole"}
+    file = asked.work / "tasks" / f"{name}.toml"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_atomic(file, tomli_w.dumps({**task, "stop": ["\n"], "max_new_tokens": ANSWER_TOKENS}))
+    return file
 
 
 def solvable(asked: argparse.Namespace) -> list[str]:
@@ -106,89 +143,86 @@ def scoring(asked: argparse.Namespace, output: Path, models: dict[str, Path], ta
     return {
         "output": output,
         "models": [{"name": name, "path": path} for name, path in models.items()],
-        "tasks": {"names": tasks, "num_questions": min(asked.questions, 32) if n > 1 else asked.questions},
-        "generation": {**drawn, **kind, "max_new_tokens": 8 if asked.quick else ANSWER_TOKENS, "batch_size": 512 if asked.device == "cuda" else 32},
+        "tasks": {"names": [str(task_file(asked, name)) for name in tasks], "num_questions": min(asked.questions, 32) if n > 1 else asked.questions},
+        "generation": {**drawn, **kind, "max_new_tokens": ANSWER_TOKENS, "batch_size": 512 if asked.device == "cuda" else 32},
     }
-
-
-def once(stage: Any, config: dict[str, Any]) -> Path:
-    """Run a stage, unless it was done."""
-    cfg = validate(config, stage.Config, str(config["output"]))
-    return cfg.output if artifact.is_current(cfg.output, cfg, stage.parents(cfg)) else stage.run(cfg)
-
-
-def load_example(name: str) -> Any:
-    """Another file of this folder."""
-    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- arms --------------------------------------------------------------------------------------------------------------------------------------
 
 
 def run_all(asked: argparse.Namespace, arms: list[str]) -> None:
-    """Arms side by side, each a process on one of the GPUs; its words go to WORK/ARM.log."""
-    words = [word for word in sys.argv[1:] if word]
+    """Arms side by side, each a process on one of the GPUs, after the arm that it builds on, which stands before it; its words go to WORK/ARM.log."""
+    places = queue.SimpleQueue[int]()
+    for place in range(asked.gpus * asked.at_once):
+        places.put(place % asked.gpus)
+    tasks: dict[str, concurrent.futures.Future[None]] = {}
 
-    def run(place: int, arm: str) -> None:
-        begun, environment = time.perf_counter(), {**os.environ, "PYTHONSAFEPATH": "1"}
-        if asked.device == "cuda":
-            environment["CUDA_VISIBLE_DEVICES"] = str(place % asked.gpus)
-        log = asked.work / f"{arm.replace(':', '_')}.log"
-        with log.open("ab") as file:
-            done = subprocess.run([sys.executable, __file__, *words, "--arm", arm], env=environment, stdout=file, stderr=file, check=False)
-        print(f"{arm}: {time.perf_counter() - begun:.0f} s, exit status {done.returncode}, {log}", flush=True)
-        if done.returncode:
-            raise SystemExit(f"{arm} failed: {log} says why; the same command goes on from there")
+    def run(arm: str) -> None:
+        name, _, seed = arm.partition(":")
+        if name in BUILDS_ON:
+            tasks[f"{BUILDS_ON[name]}:{seed}"].result()
+        place = places.get()
+        try:
+            run_process(asked, arm, place)
+        finally:
+            places.put(place)
 
-    with concurrent.futures.ThreadPoolExecutor(asked.gpus * asked.at_once) as pool:
-        for task in [pool.submit(run, place, arm) for place, arm in enumerate(arms)]:
+    with concurrent.futures.ThreadPoolExecutor(len(arms)) as pool:
+        for arm in arms:
+            tasks[arm] = pool.submit(run, arm)
+        for task in tasks.values():
             task.result()
 
 
+def run_process(asked: argparse.Namespace, arm: str, gpu: int) -> None:
+    """One arm. Errors: SystemExit naming its log."""
+    begun, environment = time.perf_counter(), {**os.environ, "PYTHONSAFEPATH": "1"}
+    if asked.device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    log = asked.work / f"{arm.replace(':', '_')}.log"
+    with log.open("ab") as file:
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--arm", arm], env=environment, stdout=file, stderr=file, check=False)
+    print(f"{arm}: {time.perf_counter() - begun:.0f} s, exit status {done.returncode}, {log}", flush=True)
+    if done.returncode:
+        raise SystemExit(f"{arm} failed: {log} says why; the same command goes on from there")
+
+
 def run_arm(asked: argparse.Namespace, name: str, seed: int) -> None:
-    """One arm, after what it builds on."""
+    """One arm, trained on what it builds on, and scored."""
     start, mid = asked.work / "start", asked.work / f"mid_{seed}"
     if name == "mid":
         trained(asked, start, mid, seed)
     elif name == "mid_long":
         trained(asked, mid, asked.work / f"mid_long_{seed}", seed + 1, tokens=trained_tokens(asked.work / f"mid_rl_{seed}"))
-    else:
+    elif name != "start":
         reinforced(asked, mid if name == "mid_rl" else start, asked.work / f"{name}_{seed}", seed, name)
+    scored(asked, f"{name}_{seed}", start if name == "start" else asked.work / f"{name}_{seed}" / "hf")
 
 
 def trained(asked: argparse.Namespace, start: Path, output: Path, seed: int, tokens: int | None = None) -> None:
     """Mid-training; tokens: of other lengths than the recipe's."""
     words = [f"output={output}", f"model.checkpoint={start}", f"data.blend={asked.work / 'data'}", f"seed={seed}", f"device={asked.device}"]
-    words += ["precision=fp32", "steps=2", "global_batch=2", "schedule.warmup_steps=1", "data.seq_len=64"] if asked.quick else []
+    words += ["precision=fp32", "steps=2", "global_batch=2", "micro_batch=2", "schedule.warmup_steps=1", "data.seq_len=64"] if asked.quick else []
     cfg = load_recipe(HERE / "reinforce_midtrain.toml", words, train.Config)
     if tokens is not None:
         cfg = load_recipe(
             HERE / "reinforce_midtrain.toml", [*words, f"steps={math.ceil(tokens / (cfg.global_batch * cfg.data.seq_len))}"], train.Config
         )
-    finish(train, cfg)
+    run_once(train, cfg)
 
 
 def reinforced(asked: argparse.Namespace, start: Path, output: Path, seed: int, name: str) -> None:
     """RL, as the arm's name says."""
     words = [f"output={output}", f"model.checkpoint={start}", f"seed={seed}", f"prompts.seed={seed}"]
-    words += [f"device={asked.device}", f"generation.device={asked.device}", f"prompts.held_out_generators={json.dumps(HELD_OUT)}"]
+    words += [f"device={asked.device}", f"generation.device={asked.device}", f"prompts.held_out_generators={json.dumps([*HELD_OUT])}"]
     quick = ["precision=fp32", "generation.dtype=float32", "steps=2", "prompts.prompts_per_step=2", "rollout.responses_per_prompt=2"]
-    quick += ["rollout.max_new_tokens=8", "checkpoint.save_interval=1", "schedule.warmup_steps=1"]
+    quick += ["pack_length=512", "checkpoint.save_interval=1", "schedule.warmup_steps=1"]
     table = merge(HERE / "reinforce.toml", [*words, *(quick if asked.quick else []), *asked.overrides])
     source = {"count": 20 if asked.quick else 2000, "seed": 100_000 * (seed + 1)}
-    table["prompts"]["sources"] = [{"task": task, **source} for task in solvable(asked)]
+    table["prompts"]["sources"] = [{"task": str(task_file(asked, name)), "domain": name, **source} for name in solvable(asked)]
     table |= {"steps": 2 * table["steps"]} if name == "rl_long" else {"reward": {**table["reward"], "random": 0.5}} if name == "rl_random" else {}
-    finish(rl, validate(table, rl.Config, str(output)))
-
-
-def finish(stage: Any, cfg: Any) -> None:
-    """Run it, unless it is finished."""
-    if not artifact.is_current(cfg.output, cfg, stage.parents(cfg)):
-        stage.run(cfg)
+    run_once(rl, validate(table, rl.Config, str(output)))
 
 
 def trained_tokens(run: Path) -> int:
@@ -200,55 +234,107 @@ def trained_tokens(run: Path) -> int:
 # --- scores ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def scored(asked: argparse.Namespace) -> dict[str, Any]:
-    """Every arm on questions and prose."""
-    names = [f"{name}_{seed}" for name in ARMS for seed in asked.seeds] + [f"{name}_{asked.seeds[0]}" for name in CONTROLS]
-    models = {"start": asked.work / "start", **{name: asked.work / name / "hf" for name in names}}
-    config = scoring(asked, asked.work / "scores", models, [*TRAINED, *HELD_OUT])
+def scored(asked: argparse.Namespace, name: str, model: Path) -> None:
+    """One model on questions and prose."""
+    config = scoring(asked, asked.work / "scores" / name, {name: model}, [*TRAINED, *HELD_OUT])
     config["perplexity"] = {"blend": asked.work / "data", "seq_len": 64 if asked.quick else 512, "max_tokens": 2_000 if asked.quick else 65_536}
-    found = json.loads((once(evaluate, config) / "scores.json").read_text(encoding="utf-8"))["models"]
+    run_once(evaluate, config)
+
+
+def summary(asked: argparse.Namespace) -> dict[str, Any]:
+    """Every arm beside the start: means over tasks of a group, prose, and what the RL runs logged."""
     taken = solvable(asked)
-    groups = {"trained by RL": taken, "not solvable at the start": [name for name in TRAINED if name not in taken], "held-out generators": HELD_OUT}
+    groups = {
+        "trained by RL": taken,
+        "not solvable at the start": [name for name in TRAINED if name not in taken],
+        "held-out generators": [*HELD_OUT],
+    }
+    names = {arm: [f"{arm}_{seed}" for seed in (asked.seeds if arm in ARMS else asked.seeds[:1])] for arm in ("start", *ARMS, *CONTROLS)}
+    found = {name: read_scores(asked, name) for arm in names.values() for name in arm}
+    start = found[names["start"][0]]
     return {
         "rl_tasks": taken,
         "arms": {
             arm: {
-                "models": [name for name in models if name.rpartition("_")[0] == arm or name == arm],
-                **{group: [mean_of(found[name]["tasks"], tasks) for name in models if in_arm(name, arm)] for group, tasks in groups.items() if tasks},
-                "prose": [found[name]["perplexity"]["domains"]["general"]["loss"] for name in models if in_arm(name, arm)],
+                "models": models,
+                "groups": {group: beside(start, [found[name] for name in models], tasks) for group, tasks in groups.items() if tasks},
+                "prose": [found[name]["perplexity"]["domains"]["general"]["loss"] for name in models],
+                "training": [trained_figures(asked.work / name) for name in models if (asked.work / name / "samples").is_dir()],
             }
-            for arm in ("start", *ARMS, *CONTROLS)
+            for arm, models in names.items()
         },
     }
 
 
-def in_arm(model: str, arm: str) -> bool:
-    """Whether a model is one of an arm's seeds."""
-    return model == arm or model.rpartition("_")[0] == arm
+def read_scores(asked: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What the evaluation of a model found."""
+    found: dict[str, Any] = json.loads((asked.work / "scores" / name / "scores.json").read_text(encoding="utf-8"))["models"][name]
+    return found
 
 
-def mean_of(tasks: dict[str, Any], names: Any) -> float:
-    """Mean accuracy over tasks."""
-    return sum(tasks[name]["accuracy"] for name in names) / len(names)
+def beside(start: dict[str, Any], models: list[dict[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
+    """Mean accuracy over tasks of each seed, and of all of them the difference from the start, with its 95 % interval over questions."""
+    pairs: list[tuple[Mapping[str, float], Mapping[str, float]]] = []
+    for task in tasks:
+        before, after = start["tasks"][task]["correct"], [model["tasks"][task]["correct"] for model in models]
+        pairs.append((before, {question: statistics.fmean(one[question] for one in after) for question in before}))
+    found = compare_means(pairs, [1 / len(tasks)] * len(tasks))
+    accuracies = [statistics.fmean(model["tasks"][task]["accuracy"] for task in tasks) for model in models]
+    return {"accuracy": accuracies, "difference": found.difference, "low": found.low, "high": found.high}
 
 
-def show(asked: argparse.Namespace, summary: dict[str, Any]) -> None:
-    """One line an arm: the mean over its seeds and their least and greatest. The intervals of each task are in WORK/scores/table.md."""
-    (asked.work / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    columns = [key for key in summary["arms"]["start"] if key != "models"]
-    lines = ["| arm | seeds | " + " | ".join(f"{column}, nats" if column == "prose" else f"{column}, %" for column in columns) + " |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for arm, found in summary["arms"].items():
-        cells = []
-        for column in columns:
-            values = [value * (1 if column == "prose" else 100) for value in found[column]]
-            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.2f}{spread}")
-        lines.append(f"| {arm} | {len(found['models'])} | " + " | ".join(cells) + " |")
-    text = "\n".join([f"RL on: {', '.join(summary['rl_tasks'])}", "", *lines, ""])
+def trained_figures(run: Path) -> dict[str, float]:
+    """Of an RL run: reward and right answers of its first and last ten steps, seconds, speeds, mismatch."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "reward" in line]
+    found = {f"{key}_{place}": statistics.fmean(line[key] for line in part) for key in ("reward", "pass_rate") for place, part in ends(steps).items()}
+    middles = ("seconds_per_step", "generation_share", "generated_tokens_per_second", "trained_tokens_per_second", "seconds/sync", "length")
+    found |= {key: statistics.median(line[key] for line in steps) for key in middles if key in steps[0]}
+    return found | {"steps": len(steps), "mismatch_max": max(line.get("mismatch", 0.0) for line in steps)}
+
+
+def curves(asked: argparse.Namespace, runs: Sequence[str]) -> str:
+    """Right answers by step, in percent: the mean of ten steps, a line a run."""
+    found: dict[str, list[Point]] = {}
+    for run in runs:
+        lines = [json.loads(line) for line in (asked.work / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rates = [100 * line["pass_rate"] for line in lines if "pass_rate" in line]
+        width = min(10, len(rates))
+        found[run] = [Point(end, statistics.fmean(rates[end - width : end])) for end in range(width, len(rates) + 1)]
+    last = max(point.x for line in found.values() for point in line)
+    ticks = [(last * sixth / 6, f"{last * sixth / 6:.0f}") for sixth in range(7)]
+    return picture(lines_of(found, Axes("steps of RL", "right answers, %", ticks)))
+
+
+def ends(steps: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The first and the last ten."""
+    return {"first": steps[:10], "last": steps[-10:]}
+
+
+def show(asked: argparse.Namespace, found: dict[str, Any]) -> None:
+    """One line an arm: the mean over its seeds, their least and greatest, and the difference from the start where its interval leaves 0 out."""
+    (asked.work / "scores.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    groups = list(found["arms"]["start"]["groups"])
+    head = " | ".join(["arm", "seeds", *(f"{group}, % | against the start, points" for group in groups), "prose, nats"])
+    lines = [f"| {head} |", "|---" * (3 + 2 * len(groups)) + "|"]
+    for arm, one in found["arms"].items():
+        cells = [arm, str(len(one["models"]))]
+        for group in groups:
+            place = one["groups"][group]
+            cells += [spread([100 * value for value in place["accuracy"]])]
+            cells += [f"{100 * place['difference']:+.1f} ({100 * place['low']:+.1f} to {100 * place['high']:+.1f})" if arm != "start" else ""]
+        lines.append(f"| {' | '.join([*cells, spread(one['prose'])])} |")
+    runs = [name for one in found["arms"].values() for name in one["models"] if (asked.work / name / "samples").is_dir()]
+    (asked.work / "curves.svg").write_text(curves(asked, runs), encoding="utf-8")
+    text = "\n".join([f"RL on: {', '.join(found['rl_tasks'])}", "", *lines, ""])
     (asked.work / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
 
+def spread(values: list[float]) -> str:
+    """A mean, with the least and the greatest."""
+    return f"{statistics.fmean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -98,18 +98,6 @@ def active_patches() -> list[str]:
     return list(_applied)
 
 
-def report() -> str:
-    """The text of `prism doctor`: versions, devices, and every patch with its reason."""
-    from megatron_prism.artifact import package_versions
-
-    lines = [f"{name} {version}" for name, version in package_versions().items()]
-    lines.append(f"CUDA devices: {torch.cuda.device_count() if torch.cuda.is_available() else 0}")
-    lines.append(f"TransformerEngine layers: {'yes' if has_transformer_engine() else 'no (our layers and torch SDPA are used)'}")
-    lines += ["", "patches applied on the CPU:"]
-    lines += [f"  {patch.what}\n      {patch.why}" for patch in CPU_PATCHES]
-    return "\n".join(lines)
-
-
 def _apply(patches: tuple[Patch, ...]) -> None:
     for patch in patches:
         if patch.what not in _applied:

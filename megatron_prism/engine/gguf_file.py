@@ -74,8 +74,8 @@ def _write_config(path: Path, reader: "GGUFReader", folder: Path) -> None:
             f"{path} scales its rotary embeddings by stored factors (rope_freqs.weight), which its config does not name; give --like HF_DIR"
         )
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{path} cannot be read by transformers: {error}") from None
     families.find(config.to_dict())

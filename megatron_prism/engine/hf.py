@@ -100,6 +100,8 @@ def _listed(folder: Path) -> dict[str, str] | None:
             weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{folder / INDEX} cannot be read: {error!r}") from None
+        for file in sorted(set(weight_map.values())):
+            artifact.inside(folder, file, INDEX, links=True)
         return weight_map
     if (folder / SINGLE).is_file():
         return None

@@ -1,15 +1,13 @@
-"""The training loop: builds a run from its recipe, then owns the calendar: step, log, validate, save, export, stop.
+"""The training loop: builds a run from its recipe, then takes its steps: step, log, validate; save, export, evaluate and stop are `calendar`'s.
 
 Called on every rank. What happens when is decided from the step alone, or told to all ranks together, so that no rank waits for another for ever.
 """
 
-import json
 import shutil
-import signal
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,11 @@ import torch.distributed as dist
 from megatron_prism import artifact
 from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.data_prep.history import consumption, describe_consumption, recorded
-from megatron_prism.engine import checkpoint, device, parallel, recipe, run_folder, tp_overlap
+from megatron_prism.engine import calendar, checkpoint, device, parallel, recipe, run_folder, tp_overlap
+from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.data import SampleReader
-from megatron_prism.engine.metrics import METRICS, MetricsLog
+from megatron_prism.engine.metrics import MetricsLog
 from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
 from megatron_prism.engine.packed_data import PackedReader, open_reader
@@ -35,14 +34,9 @@ from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning import cost
 
-HF_FILES = "hf_files"
-EVALUATION_SECONDS = "evaluation/seconds"
-Evaluate = Callable[[Path], dict[str, float]]
-"""Called on every rank with a complete checkpoint; its scores, on rank 0. The run is afterwards what it was before."""
-
 
 @dataclass
-class Run:
+class Run(calendar.Run):
     """A run in progress, on one rank."""
 
     cfg: TrainConfig
@@ -59,11 +53,6 @@ class Run:
     """seconds, tokens, and seconds waited for data of the last steps"""
     stop_asked: bool = False
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and talks to people."""
-        return self.engine.mesh.rank == 0
-
     def close(self) -> None:
         """End the log and the threads that read data."""
         self.log.close()
@@ -77,15 +66,13 @@ def train(cfg: TrainConfig, evaluate: Evaluate | None = None) -> Path:
 
     evaluate: what scores the checkpoints of the steps that `evaluation.interval` divides.
     """
-    assert cfg.evaluation is None or evaluate is not None, "the stage hands over what the recipe asks for"
     run = build_run(cfg)
     run.evaluate = evaluate
-    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_asked", True))
     try:
-        finished = _loop(run)
+        with calendar.hearing_sigterm(run):
+            finished = _loop(run)
     finally:
         run.close()
-        signal.signal(signal.SIGTERM, previous)
     if finished and run.is_main:
         artifact.complete(cfg.output)  # after the log is closed: TensorBoard's writer has a thread of its own
     return cfg.output
@@ -94,31 +81,17 @@ def train(cfg: TrainConfig, evaluate: Evaluate | None = None) -> Path:
 def _loop(run: Run) -> bool:
     """Steps until the end (True) or until someone asks to stop (False)."""
     cfg, progress = run.cfg, run.progress
-    if _owes_evaluation(run):
-        _evaluate(run)
+    calendar.make_good(run)
     while progress.step < cfg.steps:
         report = _step(run)
-        last, stopping = progress.step == cfg.steps, bool(report.signal)
-        if every(cfg.log.interval, progress.step) or last or progress.step == 1:
+        if every(cfg.log.interval, progress.step) or run.is_last or progress.step == 1:
             _log(run, report)
-        if cfg.validation and (every(cfg.validation.interval, progress.step) or last):
+        if cfg.validation and (every(cfg.validation.interval, progress.step) or run.is_last):
             _validate(run)
-        if every(cfg.checkpoint.save_interval, progress.step) or last or stopping:
-            _save(run)
-        if cfg.export and (every(cfg.export.interval, progress.step) or last):
-            _export(run, last)
-        if _evaluation_is_due(run) and not stopping:
-            _evaluate(run)
-        if stopping and not last:
-            run.log.say(f"stopped after step {progress.step} of {cfg.steps}: start the same command again to go on")
+        if not calendar.after_step(run, bool(report.signal), partial(_save, run)):
             return False
     run.log.say(describe_consumption(recorded(run.data.fingerprint), progress.samples, cfg.data.seq_len))
     return True
-
-
-def every(interval: int | None, step: int) -> bool:
-    """Whether something that happens each `interval` steps happens after this one; None is never."""
-    return interval is not None and step % interval == 0
 
 
 def build_run(cfg: TrainConfig) -> Run:
@@ -221,8 +194,7 @@ def _step(run: Run) -> StepReport:
     cfg, progress = run.cfg, run.progress
     begun, waited = time.perf_counter(), run.data.waited_seconds
     lr = cfg.optimizer.lr * factor(cfg.schedule, progress.step, cfg.steps)
-    stop = run.is_main and (run.stop_asked or _out_of_time(run))
-    report = train_step(run.engine, run.data, progress.samples, lr, cfg.optimizer.weight_decay, signal=int(stop))
+    report = train_step(run.engine, run.data, progress.samples, lr, cfg.optimizer.weight_decay, signal=int(run.wants_to_stop))
     if not torch.isfinite(report.by_source).all() or not report.grad_norm < float("inf"):
         raise DivergenceError(
             f"step {progress.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}; samples {progress.samples} to "
@@ -233,11 +205,6 @@ def _step(run: Run) -> StepReport:
     progress.tokens += cfg.global_batch * cfg.data.seq_len
     run.recent.append((time.perf_counter() - begun, cfg.global_batch * cfg.data.seq_len, run.data.waited_seconds - waited))
     return report
-
-
-def _out_of_time(run: Run) -> bool:
-    limit = run.cfg.time_limit_minutes
-    return limit is not None and time.monotonic() - run.started > limit * 60
 
 
 def _log(run: Run, report: StepReport) -> None:
@@ -297,54 +264,7 @@ def _validate(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
-    begun = time.perf_counter()
     records = recorded(run.data.fingerprint)
     run.progress.data = {**run.data.fingerprint, "history": records}
     run.progress.consumed = consumption(records, run.progress.samples, run.cfg.data.seq_len)
-    folder = checkpoint.save(run.engine, run.cfg.output, run.progress, run.cfg.output / HF_FILES, run.cfg, run.parents)
-    checkpoint.prune(run.cfg.output, run.cfg.checkpoint.keep_last, run.cfg.checkpoint.keep_every)
-    seconds = time.perf_counter() - begun
-    run.log.event(run.progress.step, {"checkpoint_seconds": seconds}, f"saved {folder} in {seconds:.1f} s")
-
-
-def _export(run: Run, last: bool) -> None:
-    assert run.cfg.export is not None
-    name = "hf" if last else f"hf_steps/step_{run.progress.step:08d}"
-    if run.is_main:
-        from megatron_prism.engine.weights import export_hf
-
-        export_hf(run_folder.step_folder(run.cfg.output, run.progress.step), run.cfg.output / name, run.cfg.export.dtype or run_dtype(run.cfg))
-    dist.barrier()
-    run.log.say(f"exported {run.cfg.output / name}")
-
-
-def _evaluation_is_due(run: Run) -> bool:
-    """Whether the checkpoint of this step is asked the run's tasks."""
-    section, step = run.cfg.evaluation, run.progress.step
-    return section is not None and step > 0 and (every(section.interval, step) or step == run.cfg.steps)
-
-
-def _owes_evaluation(run: Run) -> bool:
-    """Whether the checkpoint that the run goes on from was saved and not asked any more, because the run was stopped then."""
-    step = run.progress.step
-    if not _evaluation_is_due(run) or not run_folder.step_folder(run.cfg.output, step).is_dir():
-        return False
-    lines = (run.cfg.output / METRICS).read_text(encoding="utf-8").splitlines() if run.is_main else []
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    asked = torch.tensor(sum(record["step"] == step and EVALUATION_SECONDS in record for record in records), device=run.engine.device)
-    dist.all_reduce(asked)
-    return not asked.item()
-
-
-def _evaluate(run: Run) -> None:
-    assert run.evaluate is not None
-    begun, step = time.perf_counter(), run.progress.step
-    scores = run.evaluate(run_folder.step_folder(run.cfg.output, step))
-    seconds = time.perf_counter() - begun
-    shown = "  ".join(f"{name.removeprefix('evaluation/')} {100 * value:.1f} %" for name, value in scores.items() if not name.count("/") > 1)
-    run.log.event(step, {**scores, EVALUATION_SECONDS: seconds}, f"evaluation at step {step} in {seconds:.1f} s: {shown}")
-
-
-def run_dtype(cfg: TrainConfig) -> str:
-    """The type that a run computes in, and exports in where nothing else is asked for."""
-    return "bfloat16" if cfg.precision == "bf16" else "float32"
+    calendar.save(run, run.cfg)

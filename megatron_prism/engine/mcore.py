@@ -12,6 +12,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
 
+from megatron_prism.engine import untrusted
+
 
 def save_sharded(state: dict[str, Any], folder: Path) -> None:
     """Write a torch_dist checkpoint from all ranks; returns when every byte is on disk. 0.19 writes through NVRx unless told otherwise.
@@ -24,8 +26,9 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fill a sharded state dict from a torch_dist checkpoint of any layout. Errors: a requested tensor that the checkpoint lacks."""
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    """Fill a sharded state dict from a torch_dist checkpoint of any layout. Errors: a requested tensor that it lacks; UserError for pickled code."""
+    with untrusted.loading(folder):
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     return loaded
 
 

@@ -186,6 +186,11 @@ def _progress_bar(console: Console, first_step: int, total_steps: int) -> Progre
     return bar
 
 
+def read_records(run: Path) -> list[Metrics]:
+    """The lines of a run's metrics so far."""
+    return [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_prism.config import TIMEOUT_MINUTES
 from megatron_prism.engine.device import backend
 from megatron_prism.planning.layout import ParallelPlan
 
@@ -50,14 +51,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: torch.device, timeout_minutes: int = 30) -> None:
+def start(device: torch.device, timeout_minutes: int | None = None) -> None:
     """Join the default process group; a plain process becomes a world of one. A second call does nothing.
 
-    timeout_minutes: how long ranks wait for each other, in this group and in those of every mesh.
+    timeout_minutes: how long ranks wait for each other, in this group and in those of every mesh; None: as the launch says, else 30.
     """
     global _timeout_minutes
     if dist.is_initialized():
         return
+    timeout_minutes = timeout_minutes or int(os.environ.get(TIMEOUT_MINUTES, "30"))
     _timeout_minutes = timeout_minutes
     if "RANK" in os.environ:
         dist.init_process_group(backend(device), timeout=timedelta(minutes=timeout_minutes))

@@ -15,10 +15,10 @@ from megatron_prism.config import (
     ParallelConfig,
     Positive,
     PositiveFloat,
-    differences,
     read_toml,
 )
 from megatron_prism.data_prep.packing import OverLength, PackingOptions
+from megatron_prism.differences import differences
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
@@ -166,6 +166,7 @@ class TrainConfig(Block):
     output: Path
     """folder of the run"""
     model: ModelSection
+    """what is trained, such as model.checkpoint=RUN"""
     data: DataSection
     steps: Positive
     """optimizer steps in all"""
@@ -307,10 +308,22 @@ def parents(cfg: TrainConfig) -> list[Path]:
     return found
 
 
+def check_start(cfg: TrainConfig) -> None:
+    """Errors: UserError where the checkpoint that is to be trained is not made yet, with the way to a plan of the run without it."""
+    if cfg.model.checkpoint is not None and not cfg.model.checkpoint.exists():
+        raise UserError(
+            f"model.checkpoint={cfg.model.checkpoint} does not exist; run the stage that makes it. "
+            "prism plan RECIPE --model MODEL shows sizes without it"
+        )
+
+
 def model_files(cfg: TrainConfig) -> Path:
-    """The folder with the config.json (and, for a checkpoint, the tokenizer) of the model to train."""
+    """The folder with the config.json (and, for a checkpoint, the tokenizer) of the model to train. Errors: UserError where it holds none."""
     if cfg.model.hf_config is not None:
-        return cfg.model.hf_config.parent if cfg.model.hf_config.name == "config.json" else cfg.model.hf_config
+        folder = cfg.model.hf_config.parent if cfg.model.hf_config.name == "config.json" else cfg.model.hf_config
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.hf_config={cfg.model.hf_config}: for random weights give the folder that holds config.json; this holds none")
+        return folder
     assert cfg.model.checkpoint is not None
     return run_folder.resolve(cfg.model.checkpoint) / "hf"
 

@@ -36,7 +36,7 @@ def resolve(path: Path) -> Path:
         if found is None:
             raise UserError(f"{path} is a run without a complete checkpoint; let it reach its first save (checkpoint.save_interval)")
         path = found
-    artifact.require(path, "checkpoint")
+    artifact.require(path, "checkpoint", "a checkpoint or a training run")
     return path
 
 
@@ -50,7 +50,7 @@ def find_weights(path: Path, key: str) -> Path:
     if (path / CHECKPOINTS).is_dir() or (path / "sharded").is_dir():
         return resolve(path)
     if (path / artifact.PROVENANCE).is_file():
-        artifact.require(path, "hf")
+        artifact.require(path, "hf", "a checkpoint, a training run or a Hugging Face folder")
     if not (path / "config.json").is_file():
         raise UserError(f"{key}={path} holds no model: neither config.json, nor sharded/, nor a run's checkpoints/")
     return path
@@ -59,6 +59,15 @@ def find_weights(path: Path, key: str) -> Path:
 def hf_files(folder: Path) -> Path:
     """Config and tokenizer of a folder that `find_weights` found."""
     return folder / "hf" if (folder / "sharded").is_dir() else folder
+
+
+def check_apart(output: Path, path: Path, found: Path) -> None:
+    """Of an output, a path that a recipe names and the folder that it stands for. Errors: UserError where one would be written into the other."""
+    target = output.resolve()
+    if found.resolve().is_relative_to(target):
+        raise UserError(f"output={output} holds {found}, which is read; choose another output")
+    if target.is_relative_to(path.resolve()):
+        raise UserError(f"output={output} lies in {path}, which is read, and a run counts all files in its folder as its own; choose another output")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Owns: `Reader` (names, shapes, and any slice of a global tensor, however it was 
 megatron.core.dist_checkpointing loads at any layout). Peak memory: about one tensor and one stored chunk.
 Layout of a folder, as megatron-core 0.16.1 writes it: `__RANK_N.distcp` files of concatenated torch.save records, `.metadata` (pickle: where each
 chunk of each global tensor lies), `common.pt`, `metadata.json` (backend names). It holds through 0.19 for model weights.
-Refuses: folders that are not such checkpoints, files shorter than their metadata says, unknown names.
+Refuses: folders that are not such checkpoints, files shorter than their metadata says, unknown names, metadata that names code.
 """
 
 import contextlib
@@ -20,12 +20,13 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, Metadata
+from torch.distributed.checkpoint import LoadPlan, Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from megatron_prism.artifact import sync_folder, write_atomic
+from megatron_prism.engine.untrusted import MetadataReader
 from megatron_prism.errors import UserError
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
@@ -46,7 +47,7 @@ class Reader:
         if not is_sharded(self.folder):
             raise UserError(f"{folder} is no torch_dist checkpoint: it must hold {METADATA} and {CONFIG}; a half-written one lacks them")
         _check_backend(self.folder)
-        self._storage = FileSystemReader(self.folder)
+        self._storage = MetadataReader(self.folder)
         try:
             self._metadata: Metadata = self._storage.read_metadata()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:

@@ -110,7 +110,7 @@ def transformers_model(hf_dir: Path, **options: Any) -> Any:
 
     logging.disable_progress_bar()
     with without_cuda_kernels():
-        return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True, **options).eval()
+        return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True, **options, trust_remote_code=False).eval()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ So a stream and an export agree bit for bit in that type, and the export in fp32
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_prism.engine.checkpoint import gather_weights
 from megatron_prism.engine.model import unwrap
+from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.step import Engine
 from megatron_prism.families import FAMILIES
 from megatron_prism.families.family import Layered
@@ -101,10 +102,15 @@ class Piece:
 
 
 def _held(engine: Engine) -> dict[Part, Tensor]:
-    """What this rank holds of the global tensors, in the trainer's own memory."""
+    """What this rank of a run holds."""
+    return held_parts(engine.model, engine.mesh)
+
+
+def held_parts(chunks: Iterable[Any], mesh: Mesh) -> dict[Part, Tensor]:
+    """What this rank holds of the global tensors, in the model's own memory. chunks: of the model, wrapped or not."""
     found: dict[Part, Tensor] = {}
-    for chunk in engine.model:
-        for item in nested_values(unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": engine.mesh.groups.dp_cp})):
+    for chunk in chunks:
+        for item in nested_values(unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": mesh.groups.dp_cp})):
             tensors = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
             found |= {_part(tensor): tensor.data.detach() for tensor in tensors if isinstance(tensor, ShardedTensor)}
     return found
@@ -145,13 +151,13 @@ def _piece(
     entry: Layered, model: ModelConfig, parts: Sequence[Part], dtype: torch.dtype | None, owners: tuple[int, ...], missing: tuple[bool, ...]
 ) -> Piece:
     shape, own = entry.rule.shape(model), parts[0].dtype
-    filled = sum(prod(_inside(part, shape)) for part in parts)
+    filled = sum(prod(inside(part, shape)) for part in parts)
     assert filled == prod(shape) and len({part.dtype for part in parts}) == 1, f"{entry.key(model)}: the ranks hold {filled} of {prod(shape)} numbers"
     kept = entry.rule.keep_fp32 and dtype != torch.float32
     return Piece(entry, shape, own if dtype is None or kept else dtype, tuple(parts), owners, missing)
 
 
-def _inside(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+def inside(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The size of what lies within the tensor: the vocabulary is padded beyond it."""
     return tuple(max(0, min(size, whole - offset)) for offset, size, whole in zip(part.offset, part.size, shape, strict=True))
 
@@ -238,7 +244,7 @@ def _whole(piece: Piece, parts: dict[Part, Tensor], device: torch.device) -> Ten
         return parts[part][tuple(slice(0, length) for length in piece.shape)].to(piece.dtype)
     whole = torch.empty(piece.shape, dtype=piece.dtype, device=device)
     for part in piece.parts:
-        size = _inside(part, piece.shape)
+        size = inside(part, piece.shape)
         place = tuple(slice(offset, offset + length) for offset, length in zip(part.offset, size, strict=True))
         whole[place] = parts[part][tuple(slice(0, length) for length in size)]
     return whole

@@ -108,7 +108,7 @@ class ModelRun:
         """The model's."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.hf_folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self.hf_folder, local_files_only=True, trust_remote_code=False)
 
     @cached_property
     def generator(self) -> Generator:
@@ -206,7 +206,7 @@ class ModelRun:
         folder = (blend if blend.is_dir() else blend.parent) / "tokenizer"
         if not folder.is_dir():
             return  # a blend.toml put together by hand: nothing to compare with, and measure() still refuses ids that the model lacks
-        ours = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+        ours = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
         theirs = self.tokenizer.get_vocab()
         differing = [token for token, place in ours.items() if theirs.get(token) != place]
         if differing:

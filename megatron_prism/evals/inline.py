@@ -94,7 +94,9 @@ class InlineEvaluation:
         from megatron_prism.generate.room import fit
         from megatron_prism.grading.graders import check_question
 
-        tokenizer = AutoTokenizer.from_pretrained(self.cfg.model.tokenizer or recipe.model_files(self.cfg), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.cfg.model.tokenizer or recipe.model_files(self.cfg), local_files_only=True, trust_remote_code=False
+        )
         positions = recipe.trained_config(self.cfg)[0].get("max_position_embeddings")
         for task, selection in self.tasks:
             for question in selection.questions:

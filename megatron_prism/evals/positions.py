@@ -86,7 +86,7 @@ def run(cfg: Config) -> Path:
     for model in cfg.models:
         find_model(model.path)
     if artifact.is_current(cfg.output, cfg, parents(cfg)):
-        return cfg.output
+        return artifact.left_as_it_is(cfg.output)
     artifact.begin(cfg.output, "positions", cfg, parents(cfg))
     curves = {model.name: _measured(cfg, model, texts) for model in cfg.models}
     content = {name: asdict(curve) for name, curve in curves.items()}

@@ -28,10 +28,11 @@ are not there (with what to put where), two questions of one name. Warns of a da
 """
 
 import difflib
+import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -165,7 +166,7 @@ class Task(Block):
             dataset = reasoning_gym.create_dataset(self.dataset, seed=seed, size=count, **self.params)
         except (TypeError, ValueError, AssertionError) as error:
             raise UserError(f"task {self.name}: reasoning-gym refuses dataset={self.dataset!r} with params={self.params}: {error}") from None
-        return (dataset[number] for number in range(count))
+        return (_drawn(partial(dataset.__getitem__, number), f"{self.dataset} {seed + number}") for number in range(count))
 
     def _question(self, entry: dict[str, Any], name: str) -> Question:
         return Question(entry["question"].strip(), self.source, self.dataset, entry, self.extraction, name)
@@ -226,6 +227,16 @@ class Suite(Block):
     def load(self) -> list[Task]:
         """Its tasks, in order."""
         return [load_task(name) for name in self.names]
+
+
+def _drawn(make: Callable[[], dict[str, Any]], seed: str) -> dict[str, Any]:
+    """A record. Some generators (list_functions, reasoning-gym 0.1.25) draw from Python's own random numbers too, and would ask anew each time."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        return make()
+    finally:
+        random.setstate(before)
 
 
 def load_task(name: str) -> Task:

@@ -23,6 +23,20 @@ pre { background: var(--soft); border-radius: 6px; padding: 10px; white-space: p
 """
 """Of every page with responses to read."""
 
+SCRIPT = """\
+const data = JSON.parse(document.getElementById("data").textContent);
+const pick = (id) => document.getElementById(id);
+const fill = (id, values) => { for (const value of values) pick(id).add(new Option(value, value)); };
+const put = (parent, kind, text, name) => {
+  const node = document.createElement(kind);
+  node.textContent = text;
+  if (name) node.className = name;
+  parent.append(node);
+  return node;
+};
+"""
+"""What such a page's script begins with: the page's data, and how to find an element, fill a menu and put text under an element."""
+
 PAGE = (
     """<!DOCTYPE html>
 <html lang="en">
@@ -44,19 +58,11 @@ PAGE = (
 <div id="list"></div>
 <script type="application/json" id="data">{{data}}</script>
 <script>
-const data = JSON.parse(document.getElementById("data").textContent);
-const pick = (id) => document.getElementById(id);
-const fill = (id, values) => { for (const value of values) pick(id).add(new Option(value, value)); };
-fill("model", new Set(data.map((one) => one.model)));
+"""
+    + SCRIPT
+    + """fill("model", new Set(data.map((one) => one.model)));
 fill("task", new Set(data.map((one) => one.task)));
 fill("reason", ["every verdict", ...new Set(data.map((one) => one.reason))]);
-const put = (parent, kind, text, name) => {
-  const node = document.createElement(kind);
-  node.textContent = text;
-  if (name) node.className = name;
-  parent.append(node);
-  return node;
-};
 function show() {
   pick("list").replaceChildren();
   for (const one of data) {

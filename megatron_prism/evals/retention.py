@@ -175,7 +175,7 @@ def run(cfg: Config) -> Path:
     suite, _ = load_retention(cfg.suite), find_model(cfg.model)
     _lm_eval()
     if artifact.is_current(cfg.output, cfg, parents(cfg)):
-        return cfg.output
+        return artifact.left_as_it_is(cfg.output)
     artifact.begin(cfg.output, "retention", cfg, parents(cfg))
     from megatron_prism.generate import open_backend
 

@@ -66,7 +66,7 @@ class TransformersGenerator(Generator):
     @classmethod
     def open(cls, folder: Path, config: BackendConfig) -> "TransformersGenerator":
         """As the settings say."""
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = _read_model(folder, config.dtype).to(_device(config.device))
         eos_ids = end_of_sequence_ids(folder, tokenizer)
         return cls(model, tokenizer, config.batch_size, eos_ids, config.on_too_long, config.max_model_len)
@@ -196,7 +196,7 @@ def _scored(logits_cv: Tensor, tokens: Sequence[int]) -> Scored:
 
 def _read_model(folder: Path, dtype: str) -> Any:
     with _no_progress_bars():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False)
 
 
 def _device(name: str) -> str:

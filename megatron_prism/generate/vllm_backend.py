@@ -40,7 +40,7 @@ class VllmGenerator(Generator):
         from transformers import AutoTokenizer
 
         self.folder, self.config = folder, config
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.speller = Speller(self.tokenizer, end_of_sequence_ids(folder, self.tokenizer))
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
         self.positions = min((limit for limit in (named, config.max_model_len) if limit is not None), default=None)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prism.engine.policy import Sequence
-from megatron_prism.rl.objective import advantages, token_weights
+from megatron_prism.rl.objective import advantages, equal_rewards, token_weights
 from megatron_prism.rl.records import Response
 from megatron_prism.rl.rollouts import Group
 from megatron_prism.rl.settings import ObjectiveConfig
@@ -39,13 +39,18 @@ class Batch:
 
 def batch_of(groups: Several[Group], config: ObjectiveConfig) -> Batch:
     """A step's groups under an objective. Errors: UserError naming the prompt of a reward that is no number."""
-    rewards_pg = torch.tensor([[reward.value for reward in group.rewards] for group in groups], dtype=torch.float64)
-    known_pg = torch.tensor([[not reward.failed for reward in group.rewards] for group in groups])
+    rewards_pg, known_pg = rewards_of(groups)
     lengths_pg = torch.tensor([[sum(response.written) for response in group.responses] for group in groups])
-    takes_part_p = torch.tensor([not (config.dynamic_sampling and group.is_all_equal) for group in groups])
+    takes_part_p = ~equal_rewards(rewards_pg, known_pg) if config.dynamic_sampling else torch.ones(len(groups), dtype=torch.bool)
     advantage_pg = advantages(rewards_pg, config, known_pg, [group.prompt.id for group in groups])
     weight_pg = token_weights(torch.where(known_pg & takes_part_p[:, None], lengths_pg, 0), config)
     return Batch(advantage_pg.tolist(), _sequences(groups, advantage_pg, weight_pg))
+
+
+def rewards_of(groups: Several[Group]) -> tuple[Tensor, Tensor]:
+    """Rewards [p, g] in float64, and which of them are known: those whose grading did not fail."""
+    rewards_pg = torch.tensor([[reward.value for reward in group.rewards] for group in groups], dtype=torch.float64)
+    return rewards_pg, torch.tensor([[not reward.failed for reward in group.rewards] for group in groups])
 
 
 def _sequences(groups: Several[Group], advantage_pg: Tensor, weight_pg: Tensor) -> list[Sequence]:

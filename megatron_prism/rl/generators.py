@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prism.engine import run_folder
+from megatron_prism.engine.ranks import on_all, on_main
 from megatron_prism.engine.step import Engine
 from megatron_prism.engine.weight_sync import weight_stream
 from megatron_prism.engine.weights import export_hf
@@ -24,7 +25,6 @@ from megatron_prism.generate import Generator, open_backend
 from megatron_prism.generate.text import Speller
 from megatron_prism.rl import rewards, tools
 from megatron_prism.rl.recipe import RLConfig
-from megatron_prism.rl.rollouts import on_all, on_main
 
 GENERATOR = "generator"
 """folder of a run with the weights that its generator is opened on; gone when the run is finished"""

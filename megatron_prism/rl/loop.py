@@ -6,10 +6,8 @@ Owns: the order, the state that a checkpoint needs beside the engine's (what the
 in any way has left nothing behind. Refuses: nothing of its own; the recipe, the parts and the alarms do.
 """
 
-import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,15 +22,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_prism import artifact
-from megatron_prism.engine import checkpoint, device, parallel, run_folder
+from megatron_prism.engine import calendar, checkpoint, device, parallel, run_folder
+from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
-from megatron_prism.engine.loop import EVALUATION_SECONDS, HF_FILES, Evaluate, build_engine, carry_model_files, every, run_dtype
-from megatron_prism.engine.metrics import METRICS, MetricsLog
+from megatron_prism.engine.loop import build_engine, carry_model_files
+from megatron_prism.engine.metrics import MetricsLog, read_records
 from megatron_prism.engine.policy import PolicyReport, log_probabilities, policy_step
+from megatron_prism.engine.ranks import any_rank, on_main
 from megatron_prism.engine.reference_model import Reference
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import DivergenceError, Engine
-from megatron_prism.engine.weights import export_hf
 from megatron_prism.errors import UserError
 from megatron_prism.evals.inline import apart
 from megatron_prism.families.model_config import ModelConfig
@@ -46,14 +45,14 @@ from megatron_prism.rl.objective import policy_loss
 from megatron_prism.rl.prompts import PromptSet, load_prompts
 from megatron_prism.rl.recipe import RLConfig
 from megatron_prism.rl.rewards import rewards
-from megatron_prism.rl.rollouts import Group, draw, grouped, on_main
+from megatron_prism.rl.rollouts import Group, draw, grouped
 
 GROUP_TIMEOUT_MINUTES = 180
 """ranks wait for each other's responses, and all for rank 0's graders"""
 
 
 @dataclass
-class Run:
+class Run(calendar.Run):
     """A run in progress, on one rank. generator: None on ranks that write nothing. pool: rank 0's graders."""
 
     cfg: RLConfig
@@ -75,11 +74,6 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     stop_asked: bool = False
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank grades, writes files and talks to people."""
-        return self.engine.mesh.rank == 0
-
 
 def reinforce(cfg: RLConfig, evaluate: Evaluate | None = None) -> Path:
     """Run a recipe to its end, from its newest checkpoint where there is one. Returns the run's folder.
@@ -89,8 +83,7 @@ def reinforce(cfg: RLConfig, evaluate: Evaluate | None = None) -> Path:
     with ExitStack() as closing:
         run = build_run(cfg, closing)
         run.evaluate = evaluate
-        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_asked", True))
-        closing.callback(signal.signal, signal.SIGTERM, previous)
+        closing.enter_context(calendar.hearing_sigterm(run))
         finished = _loop(run)
     if finished and run.is_main:
         shutil.rmtree(cfg.output / generators.GENERATOR, ignore_errors=True)
@@ -111,7 +104,7 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
         artifact.begin(cfg.output, cfg.stage, cfg, parents)
         carry_model_files(cfg.training)
     dist.barrier()
-    tokenizer = AutoTokenizer.from_pretrained(cfg.output / HF_FILES, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.output / HF_FILES, local_files_only=True, trust_remote_code=False)
     generators.check_marks(cfg, tokenizer)
     prompts = load_prompts(cfg.prompts, tokenizer, cfg.longest_prompt)
     engine = build_engine(cfg.training, model_config, mesh, place)
@@ -164,33 +157,19 @@ def _reference(cfg: RLConfig, engine: Engine) -> Reference | None:
 def _loop(run: Run) -> bool:
     """Steps until the end (True) or until someone asks to stop (False). A step that fails ends the run, and its error names what is left."""
     cfg, progress = run.cfg, run.progress
-    _make_good(run)
+    if calendar.owes_evaluation(run):
+        generators.sleep(cfg, run.generator)
+    calendar.make_good(run)
     while progress.step < cfg.steps:
         with _named(run):
             groups, batch, found = _step(run)
-        last, stopping = progress.step == cfg.steps, on_main(lambda: run.stop_asked or _out_of_time(run))
+        stopping = any_rank(run.wants_to_stop, run.engine.device)
         _log(run, found)
-        if every(cfg.samples.interval, progress.step) or last or progress.step == 1:
+        if every(cfg.samples.interval, progress.step) or run.is_last or progress.step == 1:
             _keep_samples(run, groups, batch)
-        if every(cfg.checkpoint.save_interval, progress.step) or last or stopping:
-            _save(run)
-        if _export_is_due(run):
-            _export(run)
-        if _evaluation_is_due(run) and not stopping:
-            _evaluate(run)
-        if stopping and (not last or _owes_evaluation(run)):
-            run.log.say(f"stopped after step {progress.step} of {cfg.steps}: start the same command again to go on")
+        if not calendar.after_step(run, stopping, partial(_save, run)):
             return False
     return True
-
-
-def _make_good(run: Run) -> None:
-    """What the checkpoint that the run goes on from was saved for and did not get, because the run was stopped or died then."""
-    if _export_is_due(run) and on_main(lambda: not (_export_folder(run) / "config.json").is_file()):  # written last
-        _export(run)
-    if _owes_evaluation(run):
-        generators.sleep(run.cfg, run.generator)
-        _evaluate(run)
 
 
 def _step(run: Run) -> tuple[list[Group], Batch, dict[str, Any]]:
@@ -305,11 +284,6 @@ def _last_good(run: Run, collapsed: bool) -> str:
     return f"the newest checkpoint is {there[-1]}, from within the window that this was seen in (checkpoint.keep_every keeps older ones)"
 
 
-def _out_of_time(run: Run) -> bool:
-    limit = run.cfg.time_limit_minutes
-    return limit is not None and time.monotonic() - run.started > limit * 60
-
-
 # --- what a run leaves -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -323,58 +297,10 @@ def _keep_samples(run: Run, groups: Sequence[Group], batch: Batch) -> None:
         return
     cfg = run.cfg
     samples_page.keep(cfg.output, run.progress.step, groups, batch.advantages_pg, run.tokenizer.decode)
-    steps = [line for line in _lines(run) if "reward" in line]
+    steps = [line for line in read_records(cfg.output) if "reward" in line]
     samples_page.write_page(cfg.output, steps, cfg.samples.shown_steps, cfg.samples.shown_prompts)
 
 
 def _save(run: Run) -> None:
-    begun = time.perf_counter()
     run.progress.data |= {"watch": run.watch.state(), "unsolved": sorted(run.unsolved.ids)}
-    beside = partial(run.reference.save, run.engine) if run.reference is not None else None
-    folder = checkpoint.save(run.engine, run.cfg.output, run.progress, run.cfg.output / HF_FILES, run.cfg, run.parents, beside)
-    checkpoint.prune(run.cfg.output, run.cfg.checkpoint.keep_last, run.cfg.checkpoint.keep_every)
-    seconds = time.perf_counter() - begun
-    run.log.event(run.progress.step, {"checkpoint_seconds": seconds}, f"saved {folder} in {seconds:.1f} s")
-
-
-def _export_is_due(run: Run) -> bool:
-    section, step = run.cfg.export, run.progress.step
-    return section is not None and step > 0 and (every(section.interval, step) or step == run.cfg.steps)
-
-
-def _export_folder(run: Run) -> Path:
-    step = run.progress.step
-    return run.cfg.output / ("hf" if step == run.cfg.steps else f"hf_steps/step_{step:08d}")
-
-
-def _export(run: Run) -> None:
-    cfg = run.cfg
-    assert cfg.export is not None
-    dtype = cfg.export.dtype or run_dtype(cfg.training)
-    on_main(lambda: export_hf(run_folder.step_folder(cfg.output, run.progress.step), _export_folder(run), dtype))
-    run.log.say(f"exported {_export_folder(run)}")
-
-
-def _evaluation_is_due(run: Run) -> bool:
-    section, step = run.cfg.evaluation, run.progress.step
-    return section is not None and step > 0 and (every(section.interval, step) or step == run.cfg.steps)
-
-
-def _owes_evaluation(run: Run) -> bool:
-    """Whether the checkpoint of this step was saved, and was not asked the run's tasks."""
-    step = run.progress.step
-    return _evaluation_is_due(run) and on_main(lambda: not any(line["step"] == step and EVALUATION_SECONDS in line for line in _lines(run)))
-
-
-def _lines(run: Run) -> list[dict[str, Any]]:
-    """The metrics so far. Rank 0."""
-    return [json.loads(line) for line in (run.cfg.output / METRICS).read_text(encoding="utf-8").splitlines()]
-
-
-def _evaluate(run: Run) -> None:
-    assert run.evaluate is not None
-    begun, step = time.perf_counter(), run.progress.step
-    scores = run.evaluate(run_folder.step_folder(run.cfg.output, step))
-    seconds = time.perf_counter() - begun
-    shown = f"score {100 * scores['evaluation/score']:.1f} %" if scores else ""
-    run.log.event(step, {**scores, EVALUATION_SECONDS: seconds}, f"evaluation at step {step} in {seconds:.1f} s: {shown}")
+    calendar.save(run, run.cfg, partial(run.reference.save, run.engine) if run.reference is not None else None)

@@ -1,4 +1,4 @@
-"""What a step of RL says about itself: figures of its groups, in all and by domain, and the line for people. Pure functions; no torch here.
+"""What a step of RL says about itself: figures of its groups, in all and by domain, and the line for people. Pure functions.
 
     reward, reward_std                    over responses; what failed to be graded is left out of all figures of rewards
     pass_rate, solved                     right responses of all; prompts with a right response
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import Any
 
+from megatron_prism.rl.batch import rewards_of
+from megatron_prism.rl.objective import equal_rewards
 from megatron_prism.rl.rollouts import Group
 
 Figures = dict[str, float]
@@ -61,7 +63,7 @@ def _figures(groups: Sequence[Group], from_zero: set[str]) -> Figures:
         "length": fmean(written),
         "length_max": float(max(written)),
         "entropy": -sum(sum(response.logprobs) for response in responses) / max(sum(written), 1),
-        "groups_all_equal": float(sum(group.is_all_equal for group in groups)),
+        "groups_all_equal": float(equal_rewards(*rewards_of(groups)).sum()),
         "gradings_failed": float(len(rewards) - len(graded)),
     }
     names = sorted({name for reward in graded for name in reward.penalties})

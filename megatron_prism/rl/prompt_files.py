@@ -19,6 +19,7 @@ from pydantic import Field
 from megatron_prism import artifact
 from megatron_prism.config import Block, NonNegative, Positive, validate
 from megatron_prism.errors import UserError
+from megatron_prism.evals.sources.rows import json_object
 from megatron_prism.grading import Question
 from megatron_prism.grading.graders import check_question
 
@@ -84,12 +85,6 @@ def sha256_of(path: Path) -> str:
 
 
 def _line(text: str, place: str) -> PromptLine:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is no JSON ({error}); a prompt file holds one JSON object a line") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{place} must be a JSON object; it is {type(fields).__name__}")
-    line = validate(fields, PromptLine, where=place)
+    line = validate(json_object(text, place, "a prompt file holds one JSON object a line"), PromptLine, where=place)
     check_question(line.graded)
     return line

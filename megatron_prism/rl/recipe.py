@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_prism import families
+from megatron_prism import artifact, families
 from megatron_prism.config import Block, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
 from megatron_prism.data_prep.packing import PackingOptions
 from megatron_prism.engine import recipe, run_folder
@@ -65,6 +65,7 @@ class RLConfig(Block):
     output: Path
     """folder of the run"""
     model: ModelSection
+    """what is trained, such as model.checkpoint=RUN"""
     prompts: PromptConfig
     rollout: RolloutConfig = RolloutConfig()
     generation: BackendConfig = BackendConfig()
@@ -169,9 +170,10 @@ class RLConfig(Block):
 
 
 def parents(cfg: RLConfig) -> list[Path]:
-    """The artifact that a run is made from: the checkpoint that it starts from."""
+    """The artifacts that a run is made from: the checkpoint that it starts from, and the outputs of `prism prompts` that it asks."""
     assert cfg.model.checkpoint is not None
-    return [run_folder.resolve(cfg.model.checkpoint)]
+    folders = dict.fromkeys(source.file.parent for source in cfg.prompts.sources if source.file is not None)
+    return [run_folder.resolve(cfg.model.checkpoint), *(folder for folder in folders if (folder / artifact.PROVENANCE).is_file())]
 
 
 def check(cfg: RLConfig, world_size: int) -> tuple[ModelConfig, layout.ParallelPlan]:

@@ -2,23 +2,23 @@
 
 A response is a function of the weights, the seed, the step, its prompt's place in the step and its own number (and, to the last digits, of how many
 rows were computed together): not of the layout, and the responses of a prompt may finish in any order. Called on every rank.
-Owns: dealing, gathering, errors that one rank has and all must hear of. Refuses: sampling other than from the policy itself, since what is trained
+Owns: dealing and gathering. Refuses: sampling other than from the policy itself, since what is trained
 is the policy at temperature 1; a generator that leaves a response out, or has other weights than the step's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from megatron_prism.config import Block, Positive
+from megatron_prism.engine.ranks import on_all, on_main
 from megatron_prism.errors import UserError
 from megatron_prism.generate.interface import Completion, Generator, Request, Sampling
 from megatron_prism.rl.records import Prompt, Response, Reward
 from megatron_prism.rl.tools import ToolConfig, Written, generate_with_tool
 
-Result = TypeVar("Result")
 Pair = tuple[int, int]
 """a prompt's place in the step, and the number of a response to it"""
 
@@ -68,11 +68,6 @@ class Group:
     def num_correct(self) -> int:
         """Responses that the grader calls right."""
         return sum(reward.verdict is not None and reward.verdict.correct for reward in self.rewards)
-
-    @property
-    def is_all_equal(self) -> bool:
-        """Whether no response that was graded is worth more than another: nothing is learned from them."""
-        return len({reward.value for reward in self.rewards if not reward.failed}) <= 1
 
 
 def grouped(responses: Sequence[Response], rewards: Sequence[Reward], group_size: int) -> list[Group]:
@@ -156,43 +151,3 @@ def check_room(prompts: Sequence[Prompt], cfg: RolloutConfig) -> None:
             f"prompt {long[0].id} has {len(long[0].tokens)} tokens, which leave no room in rollout.context={cfg.context} "
             f"({len(long)} of {len(prompts)} prompts); drop them, or raise rollout.context"
         )
-
-
-# --- ranks: what one found, all must have ------------------------------------------------------------------------------------------------------
-
-
-def on_main(work: Callable[[], Result]) -> Result:
-    """Rank 0's result of `work`, on every rank; its error is everyone's."""
-    import torch.distributed as dist
-
-    answer: list[Any] = [_tried(work) if dist.get_rank() == 0 else None]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return cast(Result, _taken(answer[0], 0))
-
-
-def on_all(work: Callable[[int], Result]) -> list[Result]:
-    """Every rank's result of `work(rank)`, on every rank; the first rank's error is everyone's."""
-    import torch.distributed as dist
-
-    own = _tried(lambda: work(dist.get_rank()))
-    if dist.get_world_size() == 1:
-        return [_taken(own, 0)]
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, own)
-    return [_taken(answer, rank) for rank, answer in enumerate(answers)]
-
-
-def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:  # a boundary: the other ranks wait, and must end too
-        return None, error
-
-
-def _taken(answer: tuple[Any, Exception | None], rank: int) -> Any:
-    result, error = answer
-    if error is not None:
-        error.add_note(f"on rank {rank}")
-        raise error
-    return result

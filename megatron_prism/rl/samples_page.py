@@ -16,7 +16,7 @@ from typing import Any
 from megatron_prism.artifact import write_atomic
 from megatron_prism.evals.chart import Axes, Point, lines
 from megatron_prism.evals.frames import records, write_all
-from megatron_prism.evals.report_page import STYLE
+from megatron_prism.evals.report_page import SCRIPT, STYLE
 from megatron_prism.rl.records import Response, Reward
 from megatron_prism.rl.rollouts import Group
 
@@ -54,7 +54,8 @@ def write_page(run: Path, metrics: Sequence[Mapping[str, Any]], shown_steps: int
     paths = sorted((run / FOLDER).glob("step_????????.jsonl.zst"), key=_step_of)[-shown_steps:]
     shown = [record for path in paths for record in _first_prompts(records(path), shown_prompts)]
     data = json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c")
-    fields = {"title": html.escape(run.name), "style": STYLE, "curves": _curves(metrics), "limits": _limits(shown_prompts, shown_steps), "data": data}
+    fields = {"title": html.escape(run.name), "style": STYLE, "script": SCRIPT, "curves": _curves(metrics)}
+    fields |= {"limits": _limits(shown_prompts, shown_steps), "data": data}
     page = PAGE
     for name, content in fields.items():  # the data last: a response may hold any text
         page = page.replace(f"{{{{{name}}}}}", content)
@@ -148,19 +149,9 @@ PAGE = """<!DOCTYPE html>
 <div id="list"></div>
 <script type="application/json" id="data">{{data}}</script>
 <script>
-const data = JSON.parse(document.getElementById("data").textContent);
-const pick = (id) => document.getElementById(id);
-const fill = (id, values) => { for (const value of values) pick(id).add(new Option(value, value)); };
-fill("step", [...new Set(data.map((one) => one.step))].reverse());
+{{script}}fill("step", [...new Set(data.map((one) => one.step))].reverse());
 fill("domain", ["every domain", ...new Set(data.map((one) => one.domain))]);
 fill("why", ["every outcome", ...new Set(data.map((one) => one.why))]);
-const put = (parent, kind, text, name) => {
-  const node = document.createElement(kind);
-  node.textContent = text;
-  if (name) node.className = name;
-  parent.append(node);
-  return node;
-};
 const signed = (value) => (value < 0 ? "" : "+") + value.toFixed(2);
 function show() {
   pick("list").replaceChildren();

@@ -54,7 +54,7 @@ def main() -> None:
                     drop(files)
                 before = time.process_time()
                 with Peak() as peak:
-                    rate = size / seconds(lambda count=workers: walk(job, count, lambda done: None))
+                    rate = size / seconds(lambda count=workers: walk(job, count, lambda rule, batch: None))
                 share = f", {rate / disk:.0%} of the disk's rate" if cache == "cold" else ""
                 here = f"; {size / (time.process_time() - before):.2f} GB a second of processor time, own memory +{peak.mib:.1f} MiB"
                 print(f"workers={workers} {cache}: {rate:.2f} GB/s{share}{here if workers == 1 else ''}; load {os.getloadavg()[0]:.1f}", flush=True)

@@ -97,11 +97,13 @@ def report(name: str, clock: float, core: float, count: int, seq: int) -> None:
 
 def waits(reader: "object", steps: int, seconds: float, device: "object") -> list[float]:
     """What each step of one micro-batch waits for its sample."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     from megatron_prism.engine.parallel import Mesh
     from megatron_prism.planning.layout import ParallelPlan
 
     plan = ParallelPlan(tp=1, pp=1, vpp=None, cp=1, dp=1, sp=False, micro_batch=1, num_microbatches=1, padded_vocab_size=VOCAB)
-    mesh = Mesh(plan, groups=None, rank=0, tp_rank=0, pp_rank=0, dp_rank=0, cp_rank=0)  # type: ignore[arg-type]
+    mesh = Mesh(plan, groups=ProcessGroupCollection(), rank=0, tp_rank=0, pp_rank=0, dp_rank=0, cp_rank=0)
     found = []
     for step in range(steps):
         before = reader.waited_seconds  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from tiny_blend import write_tiny_blend
 from training import TINY_LLAMA, VOCAB_SIZE, from_random, recipe
 
@@ -106,7 +107,7 @@ def batches_of_steps(blend: Path, world_size: int, global_batch: int = 8, **para
     for step in range(3):
         found: dict[int, bytes] = {}
         for dp_rank in range(plan.dp):
-            mesh = Mesh(plan, groups=None, rank=0, tp_rank=0, pp_rank=0, dp_rank=dp_rank, cp_rank=0)  # type: ignore[arg-type]
+            mesh = Mesh(plan, groups=ProcessGroupCollection(), rank=0, tp_rank=0, pp_rank=0, dp_rank=dp_rank, cp_rank=0)
             reader = open_packed(blend)
             for number, batch in enumerate(reader.step(step * global_batch, mesh, CPU)):
                 assert isinstance(batch, PackedBatch)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from family_steps import gradients, reference_gradients
+from megatron.core.process_groups_config import ProcessGroupCollection
 from policy_cases import OPTIONS, UNSCORED, grpo, noisy, open_engine, sequences, with_rows
 from tiny_models import write_tiny
 from torch import Tensor
@@ -164,7 +165,7 @@ def test_what_cannot_be_stepped_is_refused(folder):
 def mesh(folder: Folders, layout: dict[str, Any], ranks: int = 2, dp_rank: int = 0, cp_rank: int = 0) -> Mesh:
     _, model = families.load(folder("llama") / "hf")
     plan = make_plan(model, ParallelConfig(**layout), ranks, OPTIONS.seq_len, 8, 1)
-    return Mesh(plan, groups=None, rank=0, tp_rank=0, pp_rank=0, dp_rank=dp_rank, cp_rank=cp_rank)  # type: ignore[arg-type]
+    return Mesh(plan, groups=ProcessGroupCollection(), rank=0, tp_rank=0, pp_rank=0, dp_rank=dp_rank, cp_rank=cp_rank)
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from tiny_blend import write_tiny_blend
 from training import TINY_LLAMA, VOCAB_SIZE
 
@@ -33,7 +34,7 @@ def reader_of(root: Path, split: str = "train") -> SampleReader:
 def mesh_of(global_batch: int, micro_batch: int, ranks: int = 1, dp_rank: int = 0) -> Mesh:
     model = families.find(TINY_LLAMA).model_config(TINY_LLAMA)
     plan = make_plan(model, ParallelConfig(), ranks, SEQ_LEN, global_batch, micro_batch)
-    return Mesh(plan, groups=None, rank=dp_rank, tp_rank=0, pp_rank=0, dp_rank=dp_rank, cp_rank=0)  # type: ignore[arg-type]
+    return Mesh(plan, groups=ProcessGroupCollection(), rank=dp_rank, tp_rank=0, pp_rank=0, dp_rank=dp_rank, cp_rank=0)
 
 
 def same(found: MicroBatch, expected: MicroBatch) -> bool:

@@ -4,9 +4,10 @@ import pytest
 
 from megatron_prism import families
 from megatron_prism.config import ParallelConfig, load_recipe
-from megatron_prism.engine.recipe import TrainConfig, check_model
+from megatron_prism.engine.recipe import TrainConfig, check_model, model_files
 from megatron_prism.errors import UserError
 from megatron_prism.planning.layout import make_plan
+from megatron_prism.stages import train
 
 BASE = ["output=out", "model.hf_config=m", "model.tokenizer=m", "data.blend=b", "data.seq_len=8192", "steps=1", "global_batch=1"]
 
@@ -25,6 +26,7 @@ BASE = ["output=out", "model.hf_config=m", "model.tokenizer=m", "data.blend=b", 
         (["parallel.tp_comm_overlap=true", "parallel.tp=2", "parallel.sp=true", "layers=local"], "set it to false"),
         (["keep_attention=true", "recompute=full", "fp8.recipe=delayed"], "use fp8.recipe=tensorwise or blockwise, or keep_attention=false"),
         (["rope.kind=ntk"], "is changed by another stage: prism extend"),
+        (["sliding_window=keep"], "is changed by another stage: prism extend"),
         (["offload_activations=true", "recompute=selective"], "recompute=selective is set; set recompute=full"),
         (["offload_activations=true", "recompute=full", "recompute_layers=2"], "recompute all, or offload nothing"),
     ],
@@ -49,3 +51,25 @@ def test_what_a_hybrid_cannot_do_is_refused(overrides, message):
     model = families.find(config).model_config(config)
     with pytest.raises(UserError, match=message):
         check_model(cfg, model, make_plan(model, ParallelConfig(), 1, 8192, global_batch=1, micro_batch=1))
+
+
+@pytest.mark.parametrize("name", ["", "model.json", "nowhere"])
+def test_random_weights_ask_for_the_folder_that_holds_a_config(tmp_path, name):
+    (tmp_path / "model.json").write_text("{}")
+    start = [f"model.hf_config={tmp_path / name}", *(word for word in BASE if not word.startswith("model.hf_config"))]
+    with pytest.raises(UserError, match=r"^model.hf_config=.*: for random weights give the folder that holds config.json; this holds none"):
+        model_files(load_recipe(None, start, TrainConfig))
+    (tmp_path / "config.json").write_text("{}")
+    at_home = [f"model.hf_config={tmp_path / 'config.json'}", *start[1:]]
+    assert model_files(load_recipe(None, at_home, TrainConfig)) == tmp_path
+
+
+def test_a_recipe_that_lacks_its_model_names_a_key_that_gives_one():
+    with pytest.raises(UserError, match=r"model is missing; it has no default \(what is trained, such as model.checkpoint=RUN\)"):
+        load_recipe(None, [word for word in BASE if not word.startswith("model.")], TrainConfig)
+
+
+def test_a_dry_run_before_its_checkpoint_is_made_names_the_plan(tmp_path):
+    cfg = load_recipe(None, [f"model.checkpoint={tmp_path / 'later'}", *(word for word in BASE if not word.startswith("model."))], TrainConfig)
+    with pytest.raises(UserError, match=r"later does not exist; run the stage that makes it. prism plan RECIPE --model MODEL shows sizes without it"):
+        train.dry_run(cfg)

@@ -96,3 +96,23 @@ def test_an_offloaded_tensor_is_not_taken_for_the_output_that_has_its_memory(mon
     with torch.no_grad():
         first = core(*inputs)
     assert torch.equal(core(*(x.requires_grad_() for x in inputs)), first)
+
+
+@pytest.mark.parametrize(
+    "saved", [lambda memory: memory[:2], lambda memory: memory[::2], lambda memory: memory], ids=["shorter", "with gaps", "longer"]
+)
+def test_an_output_is_not_taken_from_a_saved_tensor_that_only_begins_where_it_does(saved):
+    memory = torch.arange(8.0)
+    output = memory[:4]
+    record = recompute.Record((), recompute.Offload().park)
+    record.pack(saved(memory))
+    record.keep_output(output)
+    assert torch.equal(recompute._unpark(record.output).as_strided(record.shape, (1,)), output)
+
+
+def test_an_output_that_its_graph_saved_in_another_shape_is_kept_once():
+    memory = torch.arange(8.0)
+    record = recompute.Record((), recompute.Offload().park)
+    held = record.pack(memory.view(2, 4))
+    record.keep_output(memory)
+    assert record.output is held

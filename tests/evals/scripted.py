@@ -3,15 +3,16 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_prism.generate.interface import Completion, Generator, Request, Sampling
+from idle_generator import IdleGenerator
+
+from megatron_prism.generate.interface import Completion, Request, Sampling
 
 TOKENS = (1, 2)
 LOGPROBS = (-1.0, -0.5)
 
 
-class Scripted(Generator):
+class Scripted(IdleGenerator):
     """write(request): the text of its completion. asked_in: a file that gets a line for every request that was begun. seconds: of each."""
 
     def __init__(self, write: Callable[[Request], str], asked_in: Path | None = None, seconds: float = 0.0):
@@ -28,24 +29,6 @@ class Scripted(Generator):
             time.sleep(self.seconds)
             text = self.write(request)
             on_done(request, Completion(text, TOKENS, "stop" if text else "length", LOGPROBS))
-
-    def score(self, pairs: Any) -> Any:
-        raise NotImplementedError
-
-    def update_weights(self, tensors: Any, version: int | None = None) -> None:
-        raise NotImplementedError
-
-    def reload(self, folder: Path) -> None:
-        raise NotImplementedError
-
-    def sleep(self) -> None:
-        pass
-
-    def wake(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Letters:

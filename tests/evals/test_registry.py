@@ -1,5 +1,6 @@
 """Tasks are files; their questions are held out, and training data cannot hold one by any seed."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,14 @@ MADE = [name for name in known_tasks() if load_task(name).source == "reasoning_g
 @pytest.mark.parametrize("name", MADE)
 def test_every_task_that_makes_its_questions_makes_them_again(name: str) -> None:
     task = load_task(name)
-    questions = task.questions(3)
-    assert len(questions) == 3
+    random.seed(1)
+    questions = task.questions(30)
+    assert len(questions) == 30
     assert all(question.text in task.prompt_for(question) and question.entry["answer"] for question in questions)
-    assert task.questions(3) == questions
+    random.seed(2)  # list_functions draws from Python's own random numbers too
+    state = random.getstate()
+    assert task.questions(30) == questions
+    assert task.questions(3) == questions[:3] and random.getstate() == state
 
 
 @pytest.mark.parametrize("name", MADE)

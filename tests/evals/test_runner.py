@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def _start(output: Path, count: int, n: int, rank: int = 0, world: int = 1) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "RANK": str(rank), "WORLD_SIZE": str(world)}
     command = [sys.executable, str(HERE / "killed_runner.py"), str(output), str(count), str(n)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

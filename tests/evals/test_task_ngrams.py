@@ -55,7 +55,7 @@ def test_every_question_is_found_and_training_questions_are_not(registry, name):
 
 def test_the_stage_runs_once_and_is_refused_for_unknown_tasks(registry, capsys):
     config = load_recipe(None, [f"output={registry}", "n=1000", TASKS], ngrams.Config)
-    assert ngrams.run(config) == registry and capsys.readouterr().out == ""
+    assert ngrams.run(config) == registry and capsys.readouterr().out == f"{registry} is finished and unchanged: nothing to do\n"
     ngrams.dry_run(config)
     assert "task chain_sum: 100 questions" in capsys.readouterr().out
     with pytest.raises(UserError, match="no task 'chain_sun'"):

@@ -20,11 +20,14 @@ def make_inputs(root: Path, seed: int = 3) -> Path:
     table = {"direction": "import", "source": str(root / "hf"), "output": str(root / "start")}
     convert.run(validate(table, convert.Config, where="test"))
     words = "the cat sat on the mat one two three four five six".split()
-    with (root / "prompts.jsonl").open("w") as file:
-        for number, word in enumerate(words):
-            domain = "even" if number % 2 == 0 else "odd"
-            line = {"id": f"word/{number}", "domain": domain, "question": f"{word} {number}:", "grader": "contains", "extraction": "whole"}
-            file.write(json.dumps({**line, "entry": {"answers": ["a", "e"], "credit": "all"}}) + "\n")
+    graded = {"grader": "contains", "extraction": "whole", "entry": {"answers": ["a", "e"], "credit": "all"}}
+    asked = [{"id": f"word/{number}", "domain": ("even", "odd")[number % 2], "question": f"{word} {number}:"} for number, word in enumerate(words)]
+    return write_prompts(root, [{**line, **graded} for line in asked])
+
+
+def write_prompts(root: Path, lines: list[dict[str, Any]]) -> Path:
+    """ROOT/prompts.jsonl; returns ROOT."""
+    (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
 
 

@@ -55,6 +55,14 @@ def test_equal_rewards_have_no_advantage_and_leave_only_under_dynamic_sampling()
     assert len(dynamic.sequences) == 2 and np.allclose(dynamic.sequences[0].rows["weight"], 1 / 6), "one group is averaged over"
 
 
+@pytest.mark.parametrize(("failed", "sequences"), [((), 3), ((2,), 0), ((0,), 2), ((0, 1, 2), 0)])
+def test_under_dynamic_sampling_a_group_is_equal_whatever_failed_in_it(failed: tuple[int, ...], sequences: int) -> None:
+    whole = group("a", [1.0, 1.0, 0.0])
+    graded = tuple(reward(0.0, failed=True) if place in failed else one for place, one in enumerate(whole.rewards))
+    dynamic = CONFIG.model_copy(update={"dynamic_sampling": True})
+    assert len(batch_of([replace(whole, rewards=graded)], dynamic).sequences) == sequences
+
+
 def test_a_reward_that_is_no_number_is_named():
     with pytest.raises(UserError, match=r"prompt 0 \(a\), sample 1"):
         batch_of([group("a", [1.0, math.nan])], CONFIG)

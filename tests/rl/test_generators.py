@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import rl_runs
 import torch
+from idle_generator import IdleGenerator
 from tiny_hf import make_tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -15,7 +16,7 @@ from megatron_prism.errors import UserError
 from megatron_prism.rl import generators
 
 
-class Recorded:
+class Recorded(IdleGenerator):
     """A generator that writes down when it is woken and put to sleep, and how much of new weights it takes before it fails."""
 
     def __init__(self, events: list[str], takes: int | None = None) -> None:
@@ -27,7 +28,7 @@ class Recorded:
     def sleep(self) -> None:
         self.events.append("sleep")
 
-    def update_weights(self, tensors: Iterator[Any], version: int) -> None:
+    def update_weights(self, tensors: Iterator[Any], version: int | None = None) -> None:
         for _ in range(self.takes or 0):
             next(tensors)
         raise UserError("the server does not know this tensor")
@@ -85,8 +86,8 @@ def test_a_generator_that_refuses_weights_leaves_no_rank_in_their_exchange(takes
     monkeypatch.setattr(generators, "weight_stream", stream)
     told: list[Any] = []
     monkeypatch.setattr(generators, "on_all", lambda work: told.append(_error_of(work)))
-    cfg: Any = rl_runs.config(tmp_path, tmp_path / "run")
-    generators.update(cfg, Recorded([], takes), None, None, step=1)  # type: ignore[arg-type]
+    unread: Any = object()
+    generators.update(rl_runs.config(tmp_path, tmp_path / "run"), Recorded([], takes), engine=unread, model=unread, step=1)
     assert exchanged == [0, 1, 2, 3, 4], "the other ranks are in all of these exchanges"
     assert "does not know this tensor" in told[0], "and what went wrong reaches them"
 

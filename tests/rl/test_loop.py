@@ -14,7 +14,7 @@ from training import differing, final_state
 
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import checkpoint, parallel, run_folder
+from megatron_prism.engine import calendar, checkpoint, parallel, run_folder
 from megatron_prism.engine.recipe import EvaluationSection
 from megatron_prism.engine.sharded import Reader
 from megatron_prism.engine.step import DivergenceError
@@ -126,7 +126,7 @@ def test_an_export_that_failed_at_the_last_step_is_made_at_the_next_start(root, 
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "export_hf", break_off)
+        patched.setattr(calendar, "export_hf", break_off)
         with pytest.raises(OSError, match="no space left"):
             loop.reinforce(rl_runs.config(root, tmp_path / "run", **settings))
     run = loop.reinforce(rl_runs.config(root, tmp_path / "run", **settings))

@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from graded import group, prompt, reward
+from graded import prompt, reward
+from idle_generator import IdleGenerator
 
 from megatron_prism.config import validate
 from megatron_prism.engine import parallel
 from megatron_prism.errors import UserError
 from megatron_prism.generate.interface import Completion, Generator, Request, Sampling
 from megatron_prism.rl.records import Prompt
-from megatron_prism.rl.rollouts import Group, RolloutConfig, _message, check_room, draw, grouped, on_all, on_main, write
+from megatron_prism.rl.rollouts import RolloutConfig, _message, check_room, draw, grouped, write
 
 CONFIG = RolloutConfig(responses_per_prompt=3, context=10, max_new_tokens=4)
 PROMPTS = [prompt("a"), prompt("b", tokens=(7,) * 8)]
 
 
-class Scripted(Generator):
+class Scripted(IdleGenerator):
     """Writes the last request first; the text says what it was asked. lost: how many it forgets."""
 
     def __init__(self, version: int = 0, lost: int = 0) -> None:
@@ -34,11 +35,6 @@ class Scripted(Generator):
         for request in list(requests)[self.lost :][::-1]:
             said = f"{request.place}.{request.sample} {sampling.seed}"
             on_done(request, Completion(said, (1, 2), "stop", (-0.5, -0.5), weights_version=self.version))
-
-    def _nothing(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("not asked for here")
-
-    score = update_weights = reload = close = sleep = wake = _nothing
 
 
 @pytest.fixture(autouse=True)
@@ -101,16 +97,6 @@ def test_a_step_without_prompts_and_a_prompt_without_room_are_refused():
         check_room([prompt("short"), prompt("long", tokens=(1,) * 10)], CONFIG)
 
 
-def test_an_error_of_a_rank_is_everyones():
-    def fail(*_: int) -> None:
-        raise UserError("the generator died")
-
-    for work in (lambda: on_main(fail), lambda: on_all(fail)):
-        with pytest.raises(UserError, match="the generator died"):
-            work()
-    assert on_main(lambda: 3) == 3 and on_all(lambda rank: rank + 1) == [1]
-
-
 @pytest.mark.parametrize("writers", [1, 2])
 def test_one_writer_sends_and_several_gather_what_was_written_without_the_prompts(writers, monkeypatch):
     """Gathering takes the largest message times the ranks on every GPU, and a prompt of code carries all its tests."""
@@ -153,10 +139,3 @@ def test_groups_are_made_of_neighbours():
     responses, rewards = drawn(), [reward(float(number % 2)) for number in range(6)]
     found = grouped(responses, rewards, 3)
     assert [(one.prompt.id, one.num_correct) for one in found] == [("a", 1), ("b", 2)]
-
-
-def test_a_group_of_equal_rewards_is_known_whatever_failed_in_it():
-    whole = group("a", [1.0, 1.0, 0.0])
-    assert not whole.is_all_equal
-    assert Group(whole.prompt, whole.responses, (*whole.rewards[:2], reward(0.0, failed=True))).is_all_equal
-    assert Group(whole.prompt, whole.responses, tuple(reward(0.0, failed=True) for _ in range(3))).is_all_equal

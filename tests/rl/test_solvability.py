@@ -19,7 +19,7 @@ from megatron_prism.data_prep.cleaning.ngrams import ngram_of, write_ngrams
 from megatron_prism.data_prep.cleaning.words import words
 from megatron_prism.errors import UserError
 from megatron_prism.evals.frames import records
-from megatron_prism.grading import Question, Verdict, verdict
+from megatron_prism.grading import Question, Verdict, graders, verdict
 from megatron_prism.rl.prompt_files import PromptLine, read_prompts, write_prompts
 from megatron_prism.rl.prompts import PromptConfig, load_prompts
 from megatron_prism.rl.rewards import GraderAlarmError
@@ -283,6 +283,37 @@ def test_a_dry_run_finds_what_is_not_there(tmp_path: Path) -> None:
                 act(validate(given, stage.Config, where="test"))
     with pytest.raises(UserError, match=r"nowhere.jsonl is no prompt file"):
         stage.dry_run(validate({"output": str(tmp_path / "out"), "files": [str(tmp_path / "nowhere.jsonl")]}, stage.Config, where="test"))
+
+
+def test_a_dry_run_names_a_graders_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_model(tmp_path / "model")
+    (tmp_path / "deepscaler.jsonl").write_text(
+        json.dumps({"problem": "", "answer": 1}) + "\n" + json.dumps({"problem": "1 + 1?", "answer": 2}) + "\n"
+    )
+    write_prompts(tmp_path / "pool.jsonl", [line("math", 0), line("math", 1, grader="math")])
+    model = {"output": str(tmp_path / "out"), "solvability": {"model": str(tmp_path / "model"), "samples": 2, "max_new_tokens": 2}}
+    asked = [{"files": [str(tmp_path / "pool.jsonl")]}, {"sets": [{"recipe": "deepscaler"}], "data_dir": str(tmp_path)}]
+    for each in asked:
+        stage.dry_run(validate({**model, **each}, stage.Config, where="test"))
+    monkeypatch.setattr(graders, "_installed", lambda module: module != "math_verify")
+    for each in asked:
+        with pytest.raises(UserError, match=r"the grader 'math' needs the package math_verify, which is not installed; pip install"):
+            stage.dry_run(validate({**model, **each}, stage.Config, where="test"))
+
+
+def test_where_no_prompt_is_kept_the_stage_says_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = passing_on(tmp_path)
+    assert prompt_names(stage.run(cfg)) and "warning" not in capsys.readouterr().out
+    asked = "How many clips did she sell to friends in all of May"
+    write_prompts(tmp_path / "pool.jsonl", [line("math", 0, question=asked)])
+    forbid(tmp_path, asked)
+    assert prompt_names(stage.run(cfg)) == []
+    assert "warning: no prompt was kept; every row was left out for the reasons above" in capsys.readouterr().out
+    make_tiny_model(tmp_path / "model")
+    never = {"model": str(tmp_path / "model"), "samples": 2, "max_new_tokens": 2, "grading_workers": 0}
+    write_prompts(tmp_path / "pool.jsonl", [line("math", 0)])
+    stage.run(cfg.model_copy(update={"output": tmp_path / "none", "solvability": SolvabilityConfig.model_validate(never)}))
+    assert "set at_least and at_most of [solvability.keep.DOMAIN] by the counts above" in capsys.readouterr().out
 
 
 def test_a_domain_that_has_the_name_of_the_counts_is_refused(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from idle_generator import IdleGenerator
 from tiny_hf import make_tiny_model, make_tiny_tokenizer
 
 from megatron_prism import generate
@@ -18,7 +18,7 @@ from megatron_prism.rl.rollouts import RolloutConfig
 from megatron_prism.rl.tools import ToolConfig, Written, calculate, generate_with_tool
 
 
-class Author(Generator):
+class Author(IdleGenerator):
     """Writes what `write(everything so far)` says, in tokens of a real tokenizer, as a model would: until a stop string, its end or its limit."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], str]):
@@ -34,24 +34,6 @@ class Author(Generator):
             tokens = tokens[: request.max_new_tokens if is_cut else ends[0]]
             text = cut_at_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), sampling.stop)[0]
             on_done(request, Completion(text, tuple(tokens), "length" if is_cut else "stop", (-0.5,) * len(tokens)))
-
-    def score(self, pairs: Any) -> Any:
-        raise NotImplementedError
-
-    def update_weights(self, tensors: Any) -> None:
-        raise NotImplementedError
-
-    def reload(self, folder: Path) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        pass
-
-    def sleep(self) -> None:
-        pass
-
-    def wake(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ class TransformersLoop:
         """The model with random weights on the device."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(case.hf_config)
+        config = AutoConfig.from_pretrained(case.hf_config, trust_remote_code=False)
         dtype = torch.bfloat16 if case.train.precision == "bf16" else torch.float32
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

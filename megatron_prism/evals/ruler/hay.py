@@ -59,7 +59,7 @@ def _documents(folder: Path) -> str:
     from megatron_prism.data_prep.blend import load_blend
     from megatron_prism.evals.tokens import TokenStream
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
     parts = []
     for manifest in load_blend(folder).manifests():
         stream = TokenStream(manifest)

@@ -8,13 +8,12 @@ Owns: the order of the places, reading jsonl, parquet and csv a row at a time. R
 """
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_prism.errors import UserError
-from megatron_prism.evals.sources.rows import Row
+from megatron_prism.evals.sources.rows import Row, json_object
 
 SUFFIXES = (".jsonl", ".parquet", ".csv")
 PARQUET_BATCH_ROWS = 64
@@ -82,13 +81,7 @@ def _advice(wanted: HubFiles, folder: str) -> str:
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is no JSON: {error}; an unfinished download?") from None
-            if not isinstance(fields, dict):
-                raise UserError(f"{path}:{number} must be a JSON object; it is {type(fields).__name__}")
-            yield fields
+            yield json_object(line, f"{path}:{number}", "an unfinished download, or another format?")
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

@@ -46,6 +46,17 @@ class Row:
             raise UserError(f"{self.place}: field {field!r} is no JSON: {error}") from None
 
 
+def json_object(text: str, place: str, hint: str) -> dict[str, Any]:
+    """What a line of a file holds. place: FILE:NUMBER. Errors: UserError for what is no JSON object, with the hint."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is no JSON: {error}; {hint}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{place} must be a JSON object; it is {type(fields).__name__}; {hint}")
+    return fields
+
+
 class Asked(NamedTuple):
     """What a row asks. id: unique in the task. text: goes into the prompt. grader, entry: as `grading.Question` wants them; an entry's "statement" is
     the question without its frame, from which n-grams are taken."""

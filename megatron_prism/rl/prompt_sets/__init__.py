@@ -157,6 +157,14 @@ def check_set(asked: PromptSetConfig, data_dir: Path) -> list[Path]:
     return find_set(asked, data_dir)
 
 
+def first_line(asked: PromptSetConfig, data_dir: Path) -> PromptLine | None:
+    """The first prompt of a set, which tells its grader without reading the others. Errors: UserError."""
+    recipe = load_prompt_set(asked.recipe)
+    reader = recipe.reader()
+    lines = (_line(asked.name, recipe, reader, row) for row in _rows(asked, data_dir))
+    return next((line for line in lines if isinstance(line, PromptLine)), None)
+
+
 def _found(name: str, recipe: PromptSetRecipe, data_dir: Path) -> dict[str, list[Path]]:
     """The files by pattern, or the one file that stands for all."""
     own = [path for suffix in SUFFIXES if (path := data_dir / f"{name}{suffix}").is_file()]

@@ -1,0 +1,25 @@
+"""How long the ranks of a process group wait for each other: as the call says, else as the launch says, else half an hour."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+import torch
+import torch.distributed as dist
+from megatron_prism.engine import parallel
+parallel.start(torch.device("cpu"), *map(int, sys.argv[1:]))
+print(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60)
+parallel.stop()
+"""
+
+
+@pytest.mark.parametrize(("launch", "call", "minutes"), [(None, [], 30.0), ("7", [], 7.0), ("7", ["60"], 60.0)])
+def test_the_call_wins_over_the_launch_which_wins_over_the_default(launch: str | None, call: list[str], minutes: float) -> None:
+    env = {key: value for key, value in os.environ.items() if key not in ("PRISM_TIMEOUT_MINUTES", "RANK")}
+    env |= {"PRISM_TIMEOUT_MINUTES": launch} if launch else {}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *call], env=env, capture_output=True, text=True, timeout=120, check=True)
+    assert float(done.stdout.splitlines()[-1]) == minutes
