@@ -41,7 +41,7 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.toml"
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_hash")
-"""what provenance keeps of each earlier session, when a run that was stopped goes on"""
+"""what provenance keeps of each earlier session, when a run that was stopped, or finished, goes on"""
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
 HASHED_END_BYTES = 1 << 16
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -75,7 +75,7 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
     }
     _check_free(folder, kind, config, parents)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PROVENANCE).is_file() and not is_complete(folder):
+    if (folder / PROVENANCE).is_file():  # finished or not: what made it so far is told
         before = _read_json(folder / PROVENANCE)
         session = {key: before[key] for key in SESSION if key in before}
         provenance["earlier_sessions"] = [*before.get("earlier_sessions", []), session]

@@ -226,6 +226,16 @@ def test_a_run_that_went_on_keeps_the_record_of_each_session(tmp_path: Path) -> 
     assert found["earlier_sessions"][0]["command"] == sys.argv and found["id"] == ids[2]
 
 
+def test_a_finished_run_that_is_begun_again_keeps_the_record_of_each_session_too(tmp_path: Path) -> None:
+    ids = []
+    for _ in range(3):
+        artifact.begin(tmp_path / "run", "train", Config())
+        artifact.complete(tmp_path / "run")
+        ids.append(json.loads((tmp_path / "run" / "provenance.json").read_text())["id"])
+    found = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert [session["id"] for session in found["earlier_sessions"]] == ids[:2] and found["id"] == ids[2]
+
+
 def test_an_artifact_of_the_first_schema_is_read() -> None:
     provenance = artifact.require(FIXTURES / "artifact_v1", "prep")
     artifact.verify(FIXTURES / "artifact_v1")
