@@ -4,7 +4,7 @@ Environment variables say how it behaves. FAKE_DIES_AT: numbers of requests, cou
 FAKE_LOG: written, and the start fails; FAKE_PIDS: receives the pids of the server and of a child in a session of its own; FAKE_ANSWER="text": no
 token ids; FAKE_SECONDS: how long an answer takes; FAKE_CALLS: a file of what was asked besides completions; FAKE_KEEPS_CACHE: how often it refuses to
 drop its cache. Tokens: the prompt's last + 1, + 2, ... + weight, modulo 250, where its one weight is the last byte of the folder's model.safetensors,
-or 0; the log-probability of token t is -t.
+or 0; the log-probability of token t is -t, of a prompt's too.
 """
 
 import http.server
@@ -50,6 +50,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-float(token) for token in tokens]}}
         if os.environ.get("FAKE_ANSWER") == "text":
             choice = {"text": "abc"}
+        if "prompt_logprobs" in body:
+            choice["prompt_logprobs"] = [None, *({str(token): {"logprob": -float(token), "rank": 1}} for token in body["prompt"][1:])]
         self.answer({"choices": [choice]})
 
     def count(self) -> None:

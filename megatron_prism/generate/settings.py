@@ -29,6 +29,8 @@ class BackendConfig(Block):
     """vllm: server processes, each with a copy of the model; requests are spread over them"""
     tensor_parallel: Positive = 1
     """vllm: GPUs that one server spreads the model over"""
+    gpus: tuple[str, ...] | None = None
+    """vllm: the GPUs of the servers of this machine, named as in CUDA_VISIBLE_DEVICES; none: the first of those that this process sees"""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """vllm: share of each GPU's memory that weights and cache may fill"""
     start_timeout_seconds: Positive = 1800

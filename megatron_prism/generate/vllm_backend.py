@@ -240,13 +240,14 @@ def stream_seed(seed: int, place: int, sample: int) -> int:
 
 
 def gpu_groups(config: BackendConfig, environment: "os._Environ[str] | dict[str, str]") -> list[list[str] | None]:
-    """CUDA_VISIBLE_DEVICES of each server of this process: the next `tensor_parallel` of what it sees; local ranks of one launch take turns.
+    """CUDA_VISIBLE_DEVICES of each server of this process: the next `tensor_parallel` of config.gpus, else of what it sees; local ranks of one
+    launch take turns.
 
     A launch of several ranks gives rank r (LOCAL_RANK) the servers r * servers and following; one that names exactly as many devices as this process
-    needs has given them to this rank already. Errors: UserError where CUDA_VISIBLE_DEVICES names too few. None, for one server in one process that
+    needs has given them to this rank already. Errors: UserError where they are too few. None, for one server in one process that
     names no devices: vLLM's own choice.
     """
-    seen = environment.get("CUDA_VISIBLE_DEVICES")
+    seen = environment.get("CUDA_VISIBLE_DEVICES") if config.gpus is None else ",".join(config.gpus)
     if seen is None and config.servers == 1 and "LOCAL_RANK" not in environment:
         return [None]
     given = [name for name in (seen or "").split(",") if name]
@@ -256,7 +257,7 @@ def gpu_groups(config: BackendConfig, environment: "os._Environ[str] | dict[str,
     if seen is not None and len(names) < last:
         raise UserError(
             f"servers={config.servers} of tensor_parallel={config.tensor_parallel} GPUs need {last} GPUs up to this rank; "
-            f"CUDA_VISIBLE_DEVICES={seen!r} names {len(names)}"
+            f"{'CUDA_VISIBLE_DEVICES' if config.gpus is None else 'gpus'}={seen!r} names {len(names)}"
         )
     size = config.tensor_parallel
     return [names[index * size : (index + 1) * size] for index in range(first, first + config.servers)]

@@ -55,14 +55,15 @@ def rewards_of(groups: Several[Group]) -> tuple[Tensor, Tensor]:
 
 def _sequences(groups: Several[Group], advantage_pg: Tensor, weight_pg: Tensor) -> list[Sequence]:
     return [
-        _sequence(response, float(advantage_pg[p, g]), float(weight_pg[p, g]))
+        sequence_of(response, float(advantage_pg[p, g]), float(weight_pg[p, g]))
         for p, group in enumerate(groups)
         for g, response in enumerate(group.responses)
         if weight_pg[p, g] > 0
     ]
 
 
-def _sequence(response: Response, advantage: float, weight: float) -> Sequence:
+def sequence_of(response: Response, advantage: float = 0.0, weight: float = 0.0) -> Sequence:
+    """A prompt with a response, as the trainer reads them; what the response is worth beside each token."""
     prompt = response.prompt.tokens
     tokens = np.array([*prompt, *response.tokens], dtype=np.int64)
     scored = np.array([False] * len(prompt) + list(response.written))

@@ -1,7 +1,8 @@
 """The RL loop: builds a run from its recipe, then owns the calendar: write, grade, train, move the reference, log, save, export, stop.
 
-Called on every rank. Generation and training are colocated and take turns: what a step writes is written with the weights of that step (strictly
-on-policy, whatever `updates_per_batch` then makes of it). Every decision is a function of what all ranks hold, so that no rank waits for another.
+Called on every rank. Generation and training take turns: what a step writes is written with the weights of that step (strictly on-policy, whatever
+`updates_per_batch` then makes of it); or, with `rollout.steps_ahead`, the next step's responses are written meanwhile. Every decision is a function
+of what all ranks hold, so that no rank waits for another.
 Owns: the order, the state that a checkpoint needs beside the engine's (what the alarms and `solved_from_zero` remember), and that a step which fails
 in any way has left nothing behind. Refuses: nothing of its own; the recipe, the parts and the alarms do.
 """
@@ -38,14 +39,15 @@ from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.generate import Generator
 from megatron_prism.grading import Pool
 from megatron_prism.planning import cost
-from megatron_prism.rl import generators, metrics, recipe, samples_page
+from megatron_prism.rl import ahead, generators, metrics, recipe, samples_page
+from megatron_prism.rl.ahead import Ahead, Written
 from megatron_prism.rl.alarms import CollapseError, Watch, check_mismatch
-from megatron_prism.rl.batch import Batch, batch_of
+from megatron_prism.rl.batch import Batch, batch_of, sequence_of
 from megatron_prism.rl.objective import policy_loss
 from megatron_prism.rl.prompts import PromptSet, load_prompts
 from megatron_prism.rl.recipe import RLConfig
 from megatron_prism.rl.rewards import rewards
-from megatron_prism.rl.rollouts import Group, draw, grouped
+from megatron_prism.rl.rollouts import Draw, Group, grouped
 
 GROUP_TIMEOUT_MINUTES = 180
 """ranks wait for each other's responses, and all for rank 0's graders"""
@@ -71,6 +73,8 @@ class Run(calendar.Run):
     evaluate: Evaluate | None = None
     generator_step: int | None = None
     """the step whose weights the generator has; None: those that it was opened with"""
+    ahead: Ahead = field(default_factory=Ahead)
+    """responses of the next step"""
     started: float = field(default_factory=time.monotonic)
     stop_asked: bool = False
 
@@ -118,6 +122,8 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
     watch = Watch.of(cfg.alarms.window, progress.data.get("watch"))
     unsolved = metrics.Unsolved(set(progress.data.get("unsolved", ())))
     run = Run(cfg, model_config, engine, prompts, tokenizer, generator, pool, reference, parents, progress, log, watch, unsolved)
+    if cfg.rollout.steps_ahead and (newest := run_folder.newest(cfg.output)) is not None:
+        run.ahead.load(newest, partial(_drawing, run))
     if run.is_main:
         samples_page.drop_after(cfg.output, progress.step)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
@@ -178,9 +184,11 @@ def _step(run: Run) -> tuple[list[Group], Batch, dict[str, Any]]:
         generators.wake(cfg, run.generator)
         sync(run)
     with _timed(seconds, "generation"), apart():
-        asked = run.prompts.prompts_at(progress.step)
-        written = draw(run.generator, asked, cfg.rollout, seed=cfg.seed, step=progress.step, writers=generators.writers(cfg))
+        drawn = _drawn(run)
+        probed = _probed(run, drawn)
+        _draw_ahead(run)
         generators.sleep(cfg, run.generator)
+    written = drawn.responses
     with _timed(seconds, "grading"):
         earned = on_main(lambda: rewards(written, cfg.reward, _graders(run), cfg.rollout.max_new_tokens))
     groups = grouped(written, earned, cfg.rollout.responses_per_prompt)
@@ -190,14 +198,55 @@ def _step(run: Run) -> tuple[list[Group], Batch, dict[str, Any]]:
             batch = batch.with_row("reference", log_probabilities(run.engine, batch.sequences, cfg.packing))
     with _timed(seconds, "training"):
         report = _update(run, batch)
+    with _timed(seconds, "generation"):
+        run.ahead.wait()
     progress.step += 1
     progress.samples += len(written)
     progress.tokens += batch.num_tokens
     if run.reference is not None and cfg.objective.reference == "soft" and every(cfg.objective.reference_interval, progress.step):
         run.reference.move_towards(run.engine, cfg.objective.reference_alpha)
-    found = _figures(run, groups, report) | metrics.speeds(seconds, sum(sum(one.written) for one in written), batch.num_tokens)
+    found = metrics.with_probe(_figures(run, groups, report), probed) | metrics.speeds(
+        seconds, sum(sum(one.written) for one in written), drawn.seconds, batch.num_tokens
+    )
     _judge(run, found)
     return groups, batch, found
+
+
+def _drawing(run: Run, step: int) -> Draw:
+    """What is to be written for a step, with the weights of now."""
+    cfg, version = run.cfg, run.progress.step
+    prompts, writers = run.prompts.prompts_at(step), generators.writers(cfg)
+    return Draw(prompts, cfg.rollout, cfg.seed, step, version, writers, beside=cfg.generation.backend == "vllm")
+
+
+def _drawn(run: Run) -> Written:
+    """The responses of this step: written ahead, or now."""
+    step = run.progress.step
+    drawn = run.ahead.take(step)
+    if drawn is None:
+        run.ahead.begin(_drawing(run, step), run.generator)
+        drawn = run.ahead.take(step)
+    assert drawn is not None
+    return drawn
+
+
+def _draw_ahead(run: Run) -> None:
+    """Have the next step's responses written from here on, where the recipe says so."""
+    following = run.progress.step + 1
+    if run.cfg.rollout.steps_ahead and following < run.cfg.steps:
+        run.ahead.begin(_drawing(run, following), run.generator)
+
+
+def _probed(run: Run, drawn: Written) -> dict[str, float]:
+    """With responses of older weights: by how many steps, and what the generator is off by at equal weights."""
+    if not run.cfg.rollout.steps_ahead:
+        return {}
+
+    def logp(chosen: list[int]) -> list[Any]:
+        return log_probabilities(run.engine, [sequence_of(drawn.responses[place]) for place in chosen], run.cfg.packing)
+
+    off = ahead.mismatch(drawn.responses, run.generator, logp)
+    return {"lag": float(drawn.draw.step - drawn.draw.version)} | ({} if off is None else {"mismatch": off})
 
 
 def sync(run: Run) -> None:
@@ -257,7 +306,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     yield
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    seconds[phase] = time.perf_counter() - begun
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begun
 
 
 @contextmanager
@@ -303,4 +352,10 @@ def _keep_samples(run: Run, groups: Sequence[Group], batch: Batch) -> None:
 
 def _save(run: Run) -> None:
     run.progress.data |= {"watch": run.watch.state(), "unsolved": sorted(run.unsolved.ids)}
-    calendar.save(run, run.cfg, partial(run.reference.save, run.engine) if run.reference is not None else None)
+
+    def beside(folder: Path) -> None:
+        run.ahead.save(folder)
+        if run.reference is not None:
+            run.reference.save(run.engine, folder)
+
+    calendar.save(run, run.cfg, beside)

@@ -78,14 +78,24 @@ def training(loss: float, grad_norm: float, sums: Mapping[str, float]) -> Figure
     return {"loss": loss, "grad_norm": grad_norm, "trained_tokens": tokens, **means, "mismatch_max": sums["mismatch_max"]}
 
 
-def speeds(seconds: Mapping[str, float], written_tokens: int, trained_tokens: int) -> Figures:
-    """Seconds of each phase and of all, generation's share of them, tokens a second that were written and trained on (over all ranks)."""
+def with_probe(found: Figures, probed: Figures) -> Figures:
+    """A step whose responses may be of older weights. Their mismatch then counts what the policy has moved since, and becomes `lag_mismatch`; what
+    trainer and generator are off by at equal weights, as `ahead.mismatch` found it, is the mismatch that an alarm judges."""
+    moved = {"lag_mismatch": found["mismatch"]} if "mismatch" in found and "mismatch" in probed else {}
+    return found | moved | probed
+
+
+def speeds(seconds: Mapping[str, float], written_tokens: int, writing_seconds: float, trained_tokens: int) -> Figures:
+    """Seconds of each phase and of all, generation's share of them, tokens a second that were written and trained on (over all ranks).
+
+    writing_seconds: that these tokens took, which may have passed beside the trainer's; the phase "generation" is what the step waited for.
+    """
     total = sum(seconds.values())
     return {
         **{f"seconds/{phase}": spent for phase, spent in seconds.items()},
         "seconds_per_step": total,
         "generation_share": seconds["generation"] / total,
-        "generated_tokens_per_second": written_tokens / seconds["generation"],
+        "generated_tokens_per_second": written_tokens / writing_seconds,
         "trained_tokens_per_second": trained_tokens / seconds["training"],
     }
 

@@ -159,6 +159,12 @@ class RLConfig(Block):
             check_buffer(self.reward.overlong, self.rollout.max_new_tokens or 0)
         if self.generator_sleeps and not self.can_sleep:
             raise ValueError("generator_sleeps=true with vllm needs generation.server_flags={enable-sleep-mode = true}, which GPUs alone have")
+        sleeps = self.can_sleep if self.generator_sleeps is None else self.generator_sleeps
+        if self.rollout.steps_ahead and self.generation.backend == "vllm" and sleeps:
+            raise ValueError(
+                "rollout.steps_ahead=1 writes while the trainer works, so servers cannot sleep meanwhile; give them GPUs of their own "
+                "(generation.gpus) and set generator_sleeps=false, or steps_ahead=0"
+            )
         if self.generation.on_too_long == "truncate_left":
             raise ValueError("generation.on_too_long=truncate_left would train on prompts that were not read; prompts that are too long are dropped")
         return self

@@ -8,7 +8,7 @@ is the policy at temperature 1; a generator that leaves a response out, or has o
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,8 @@ class RolloutConfig(Block):
     """(Table 21: 1.0) no other is taken either"""
     stop: tuple[str, ...] = ()
     """strings that end a response, besides the model's end-of-sequence tokens"""
+    steps_ahead: Literal[0, 1] = 0
+    """1: the next step's responses are written while this one trains, with weights that are a step old; 0: strictly on-policy, as the paper"""
     tool: ToolConfig | None = None
     """a tool that the policy may call within a response; what it puts in is read, and neither trained on nor graded. none: off"""
 
@@ -77,39 +79,67 @@ def grouped(responses: Sequence[Response], rewards: Sequence[Reward], group_size
     return [Group(responses[at].prompt, tuple(responses[at : at + group_size]), tuple(rewards[at : at + group_size])) for at in places]
 
 
-def draw(generator: Generator | None, prompts: Sequence[Prompt], cfg: RolloutConfig, *, seed: int, step: int, writers: int) -> list[Response]:
-    """All responses to a step's prompts, prompt by prompt, on every rank.
+@dataclass(frozen=True)
+class Draw:
+    """What is to be written for a step, and by whom. Every rank has the same.
 
-    step: of the weights that write, and what the generator calls them. writers: ranks that generate, the first so many; the others bring no
-    generator. What travels between ranks is what was written, without the prompts, which every rank has; of one writer it is sent out once, and
-    not gathered, which would take room for a message of its size from every rank. Errors: UserError, on every rank.
+    step: whose prompts these are, and whose random numbers. version: of the weights that write. writers: ranks that generate, the first so many; the
+    others bring no generator. beside: whether they can write while the trainer works: servers of one rank, that is.
     """
-    check_room(prompts, cfg)
-    pairs = [(place, sample) for place in range(len(prompts)) for sample in range(cfg.responses_per_prompt)]
 
-    def share(rank: int) -> dict[Pair, dict[str, Any]]:
+    prompts: Sequence[Prompt]
+    cfg: RolloutConfig
+    seed: int
+    step: int
+    version: int
+    writers: int
+    beside: bool = False
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All responses that are wanted, prompt by prompt."""
+        return [(place, sample) for place in range(len(self.prompts)) for sample in range(self.cfg.responses_per_prompt)]
+
+    def all(self, generator: Generator | None) -> list[Response]:
+        """All responses, prompt by prompt, on every rank.
+
+        What travels between ranks is what was written, without the prompts, which every rank has; of one writer it is sent out once, and not
+        gathered, which would take room for a message of its size from every rank. Errors: UserError, on every rank.
+        """
+        check_room(self.prompts, self.cfg)
+        if self.writers == 1:
+            return self.in_order([on_main(lambda: self.share(generator, 0))])
+        return self.in_order(on_all(lambda rank: self.share(generator, rank)))
+
+    def share(self, generator: Generator | None, rank: int) -> dict[Pair, dict[str, Any]]:
+        """What one rank writes of it; it joins no collective."""
         if generator is None:
             return {}
-        return {pair: _message(one) for pair, one in write(generator, prompts, pairs[rank::writers], cfg, seed=seed, step=step).items()}
+        check_room(self.prompts, self.cfg)
+        return {pair: message_of(one) for pair, one in write(generator, self, self.pairs[rank :: self.writers]).items()}
 
-    parts = [on_main(lambda: share(0))] if writers == 1 else on_all(share)
-    found = {pair: Response(prompt=prompts[pair[0]], **message) for part in parts for pair, message in part.items()}
-    missing = [pair for pair in pairs if pair not in found]
-    if missing:
-        place, sample = missing[0]
-        raise UserError(f"step {step}: {len(missing)} of {len(pairs)} responses were not written, such as number {sample} to {prompts[place].id}")
-    old = {response.weights_version for response in found.values()} - {step}
-    if old:  # a server that died and came back with the weights of its start, say
-        raise UserError(f"step {step}: responses were written with weights of step {min(old)}, not {step}'s; the generator lost its weights")
-    return [found[pair] for pair in pairs]
+    def in_order(self, parts: Sequence[dict[Pair, dict[str, Any]]]) -> list[Response]:
+        """The responses of all ranks' shares. Errors: UserError where one is missing or has other weights."""
+        found = {pair: Response(prompt=self.prompts[pair[0]], **message) for part in parts for pair, message in part.items()}
+        missing = [pair for pair in self.pairs if pair not in found]
+        if missing:
+            (place, sample), wanted = missing[0], len(self.pairs)
+            raise UserError(
+                f"step {self.step}: {len(missing)} of {wanted} responses were not written, such as number {sample} to {self.prompts[place].id}"
+            )
+        other = {response.weights_version for response in found.values()} - {self.version}
+        if other:  # a server that died and came back with the weights of its start, say
+            raise UserError(
+                f"step {self.step}: responses were written with weights of step {min(other)}, not {self.version}'s; the generator lost its weights"
+            )
+        return [found[pair] for pair in self.pairs]
 
 
-def write(
-    generator: Generator, prompts: Sequence[Prompt], pairs: Sequence[Pair], cfg: RolloutConfig, *, seed: int, step: int
-) -> dict[Pair, Response]:
+def write(generator: Generator, draw: Draw, pairs: Sequence[Pair]) -> dict[Pair, Response]:
     """The responses of these pairs."""
+    prompts, cfg = draw.prompts, draw.cfg
     found: dict[Pair, Response] = {}
-    first = step * len(prompts)  # a stream of random numbers of its own for every prompt of every step
+    first = draw.step * len(prompts)  # a stream of random numbers of its own for every prompt of every step
 
     def keep(request: Request, answer: Completion | Written) -> None:
         place = request.place - first
@@ -128,7 +158,7 @@ def write(
     if not requests:
         return found
     limit = max(cfg.room(len(prompts[place].tokens)) for place, _ in pairs)
-    sampling = Sampling(temperature=1.0, max_new_tokens=limit, stop=cfg.stop, seed=seed)
+    sampling = Sampling(temperature=1.0, max_new_tokens=limit, stop=cfg.stop, seed=draw.seed)
     if cfg.tool is not None:
         generate_with_tool(generator, requests, sampling, cfg.tool, keep)
     else:
@@ -136,7 +166,7 @@ def write(
     return found
 
 
-def _message(response: Response) -> dict[str, Any]:
+def message_of(response: Response) -> dict[str, Any]:
     """All of a response but its prompt."""
     return {each.name: getattr(response, each.name) for each in fields(response) if each.name != "prompt"}
 

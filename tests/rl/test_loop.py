@@ -198,7 +198,7 @@ def test_a_generator_that_dies_in_a_step_loses_nothing(root, unbroken, tmp_path,
         raise UserError("the vllm server ended with -9")
 
     with monkeypatch.context() as patched:
-        from_the_third_step(patched, "draw", die)
+        from_the_third_step(patched, "_drawn", die)
         ends_with(root, tmp_path / "run", UserError, "the vllm server ended with -9")
     loop.reinforce(rl_runs.config(root, tmp_path / "run", **SAVING))
     assert rl_runs.numbers(tmp_path / "run") == rl_runs.numbers(unbroken)

@@ -75,12 +75,12 @@ def test_a_step_of_training_is_told_by_means_over_its_tokens():
 
 
 def test_speeds_tell_the_share_of_generation():
-    found = metrics.speeds({"generation": 3.0, "training": 1.0}, written_tokens=600, trained_tokens=800)
+    found = metrics.speeds({"generation": 3.0, "training": 1.0}, written_tokens=600, writing_seconds=3.0, trained_tokens=800)
     assert (found["generation_share"], found["generated_tokens_per_second"], found["trained_tokens_per_second"]) == (0.75, 200, 800)
 
 
 def test_the_line_for_people_tells_of_failed_gradings_and_of_steps_without_an_update():
-    step = metrics.figures([group("a", [1.0, 0.0])], set(), ["math"]) | metrics.speeds({"generation": 3.0, "training": 1.0}, 6, 8) | {"lr": 1e-6}
+    step = metrics.figures([group("a", [1.0, 0.0])], set(), ["math"]) | metrics.speeds({"generation": 3.0, "training": 1.0}, 6, 3.0, 8) | {"lr": 1e-6}
     assert "nothing to learn from" in metrics.line(3, 10, {**step, "updated": 0.0})
     line = metrics.line(3, 10, {**step, **metrics.training(0.5, 2.0, SUMS), "updated": 1.0, "gradings_failed": 2.0})
     assert "step 3/10" in line and "75 % of it generation" in line and "2 gradings failed" in line

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from megatron_prism.engine import parallel
 from megatron_prism.errors import UserError
 from megatron_prism.generate.interface import Completion, Generator, Request, Sampling
 from megatron_prism.rl.records import Prompt
-from megatron_prism.rl.rollouts import RolloutConfig, _message, check_room, draw, grouped, write
+from megatron_prism.rl.rollouts import Draw, RolloutConfig, check_room, grouped, message_of, write
 
 CONFIG = RolloutConfig(responses_per_prompt=3, context=10, max_new_tokens=4)
 PROMPTS = [prompt("a"), prompt("b", tokens=(7,) * 8)]
+DRAW = Draw(PROMPTS, CONFIG, seed=5, step=0, version=0, writers=1)
 
 
 class Scripted(IdleGenerator):
@@ -45,7 +47,7 @@ def one_rank() -> Iterator[None]:
 
 
 def drawn(generator: Generator | None = None, prompts: Sequence[Prompt] = PROMPTS, step: int = 0) -> list[Any]:
-    return draw(generator or Scripted(step), prompts, CONFIG, seed=5, step=step, writers=1)
+    return Draw(prompts, CONFIG, seed=5, step=step, version=step, writers=1).all(generator or Scripted(step))
 
 
 def test_responses_that_finish_in_any_order_stand_in_one():
@@ -56,9 +58,9 @@ def test_responses_that_finish_in_any_order_stand_in_one():
 
 def test_every_share_of_any_number_of_writers_makes_the_same_responses():
     pairs = [(place, sample) for place in range(2) for sample in range(3)]
-    whole = write(Scripted(), PROMPTS, pairs, CONFIG, seed=5, step=0)
+    whole = write(Scripted(), DRAW, pairs)
     for writers in (2, 4, 7):
-        shares = [write(Scripted(), PROMPTS, pairs[rank::writers], CONFIG, seed=5, step=0) for rank in range(writers)]
+        shares = [write(Scripted(), DRAW, pairs[rank::writers]) for rank in range(writers)]
         assert {pair: one for share in shares for pair, one in share.items()} == whole
 
 
@@ -112,13 +114,13 @@ def test_one_writer_sends_and_several_gather_what_was_written_without_the_prompt
         answers[:] = [own, (other, None)]
 
     def draw_share(pairs: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
-        return {pair: _message(one) for pair, one in write(Scripted(), PROMPTS, pairs, CONFIG, seed=5, step=0).items()}
+        return {pair: message_of(one) for pair, one in write(Scripted(), DRAW, pairs).items()}
 
     alone = drawn()
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    assert draw(Scripted(), PROMPTS, CONFIG, seed=5, step=0, writers=writers) == alone
+    assert replace(DRAW, writers=writers).all(Scripted()) == alone
     assert list(sent) == ["broadcast" if writers == 1 else "gather"]
     (message,) = sent.values()
     assert b"logprobs" in message and b"Question" not in message and b"what is a?" not in message

@@ -1,0 +1,149 @@
+"""Generation one step ahead of training (`rollout.steps_ahead = 1`): a step trains while the next one's responses are written.
+
+What is written for step s has the weights that step s - 1 began with; step 0 writes with its own. vLLM's servers write in a thread of rank 0 that
+joins no collective; the transformers backend, which shares the trainer's process, writes the same before the trainer's turn, so that the order of
+events is one, and a run of either goes on from a checkpoint as if it had not stopped: responses that are written and not trained on lie in it.
+Owns: these responses, and how far the generator is off where the policy has moved on since. Refuses: nothing of its own.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prism.engine.ranks import on_main
+from megatron_prism.evals.frames import records, write_all
+from megatron_prism.generate import Generator
+from megatron_prism.rl.records import Prompt, Response
+from megatron_prism.rl.rollouts import Draw, message_of
+
+FILE = "responses_ahead.jsonl.zst"
+PROBES = 32
+"""responses that the generator scores again with the step's weights, to tell what it is off by from what the policy has moved since"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """All responses of a draw, in its order, and the seconds that writing them took."""
+
+    draw: Draw
+    responses: list[Response]
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model wrote."""
+        return sum(sum(one.written) for one in self.responses)
+
+
+class Ahead:
+    """The responses of the next step, being written or there. Every rank has one, and they agree."""
+
+    def __init__(self) -> None:
+        self.written: Written | None = None
+        self._draw: Draw | None = None
+        self._parts: Future[tuple[Any, float]] | None = None
+
+    def begin(self, draw: Draw, generator: Generator | None) -> None:
+        """Have a step's responses written: in a thread where one rank's servers write, else now."""
+        assert self._draw is None and self.written is None, "one step ahead, not two"
+        if draw.writers > 1 or not draw.beside:
+            begun = time.perf_counter()
+            responses = draw.all(generator)
+            self.written = Written(draw, responses, time.perf_counter() - begun)
+            return
+        self._draw = draw
+        if generator is not None:
+            self._parts = _in_thread(lambda: _timed(lambda: draw.share(generator, 0)))
+
+    def wait(self) -> None:
+        """Until what was begun is written. Errors: UserError, on every rank."""
+        draw, parts = self._draw, self._parts
+        if draw is None:
+            return
+        self._draw = self._parts = None
+        share, seconds = on_main(lambda: _result(parts))
+        self.written = Written(draw, draw.in_order([share]), seconds)
+
+    def take(self, step: int) -> Written | None:
+        """The responses of this step, once; None where none were written ahead."""
+        self.wait()
+        written, self.written = self.written, None
+        return written if written is not None and written.draw.step == step else None
+
+    def save(self, folder: Path) -> None:
+        """Write down what is there, into a checkpoint's folder. Rank 0 writes."""
+        import torch.distributed as dist
+
+        assert self._draw is None, "what is being written is waited for first"
+        if dist.get_rank() != 0 or self.written is None:
+            return
+        draw, responses = self.written.draw, self.written.responses
+        head = {"step": draw.step, "seconds": self.written.seconds}
+        lines = ({"place": place, **message_of(one)} for (place, _), one in zip(draw.pairs, responses, strict=True))
+        write_all(folder / FILE, [head, *lines])
+
+    def load(self, folder: Path, draw_of: Callable[[int], Draw]) -> None:
+        """Take up what a checkpoint has; nothing where it was saved without. draw_of: a step's draw, of this run."""
+        if not (folder / FILE).is_file():
+            return
+        head, *lines = records(folder / FILE)
+        draw = draw_of(head["step"])
+        self.written = Written(draw, [_response(draw.prompts[line.pop("place")], line) for line in lines], head["seconds"])
+
+
+def mismatch(responses: Sequence[Response], generator: Generator | None, logp: Callable[[list[int]], Sequence[Any]]) -> float | None:
+    """Mean |log p of the trainer - log p of the generator|, nats, where both have the same weights: of some responses, scored by both.
+
+    logp: the trainer's log-probabilities, from these responses on, by their numbers: called on every rank. None where no response can be scored.
+    """
+
+    def score() -> tuple[list[int], list[tuple[float, ...]]]:
+        assert generator is not None, "rank 0 writes"
+        longest = generator.longest_pair
+        sizes = [len(one.prompt.tokens) + len(one.tokens) for one in responses]
+        chosen = [place for place, size in enumerate(sizes) if responses[place].tokens and (longest is None or size <= longest)][:PROBES]
+        scored = generator.score([(responses[place].prompt.tokens, responses[place].tokens) for place in chosen])
+        return chosen, [one.logprobs for one in scored]
+
+    chosen, theirs = on_main(score)
+    if not chosen:
+        return None
+    ours = [row[-len(other) :] for row, other in zip(logp(chosen), theirs, strict=True)]
+    masks = [np.array(responses[place].written) for place in chosen]
+    off = [np.abs(np.asarray(row) - np.asarray(other))[mask] for row, other, mask in zip(ours, theirs, masks, strict=True)]
+    return float(np.concatenate(off).mean())
+
+
+def _response(prompt: Prompt, line: dict[str, Any]) -> Response:
+    lists = {name: tuple(line[name]) for name in ("tokens", "written", "logprobs")}
+    return Response(prompt=prompt, **{**line, **lists})
+
+
+def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
+    """A daemon: a run that ends with an error does not wait for what it no longer wants."""
+    found: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:  # raised again by who waits
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="generation one step ahead", daemon=True).start()
+    return found
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    begun = time.perf_counter()
+    return work(), time.perf_counter() - begun
+
+
+def _result(parts: "Future[tuple[Any, float]] | None") -> tuple[Any, float]:
+    assert parts is not None, "rank 0 writes"
+    return parts.result()

@@ -1,0 +1,102 @@
+"""Generation one step ahead: what is written has weights that are a step old, a resumed run is the unbroken one, servers write
+meanwhile."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rl_runs
+from fake_vllm import stand_in
+from training import differing, final_state
+
+from megatron_prism import artifact
+from megatron_prism.engine import checkpoint, parallel, run_folder
+from megatron_prism.errors import UserError
+from megatron_prism.generate.vllm_server import PYTHON
+from megatron_prism.rl import ahead, loop
+
+AHEAD = {"rollout__steps_ahead": 1, "samples__interval": 1, "checkpoint__save_interval": 2, "checkpoint__keep_last": None}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rl_runs.make_inputs(tmp_path_factory.mktemp("ahead"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def leave_groups():
+    yield
+    parallel.stop()
+
+
+@pytest.fixture(scope="module")
+def unbroken(root: Path) -> Path:
+    return loop.reinforce(rl_runs.config(root, root / "unbroken", **AHEAD))
+
+
+def texts(run: Path, step: int) -> list[str]:
+    return [one["text"] for one in rl_runs.samples(run, step)]
+
+
+def test_a_step_trains_on_what_the_weights_before_its_own_wrote(root, unbroken):
+    """A run whose rate is 1e-30 never leaves its first weights: they write the first two steps of a run ahead, and no third."""
+    still = loop.reinforce(rl_runs.config(root, root / "still", **{**AHEAD, "rollout__steps_ahead": 0, "optimizer__lr": 1e-30, "steps": 3}))
+    assert [{one["weights_version"] for one in rl_runs.samples(unbroken, step)} for step in (1, 2, 3, 4)] == [{0}, {0}, {1}, {2}]
+    assert [texts(unbroken, step) == texts(still, step) for step in (1, 2, 3)] == [True, True, False]
+
+
+def test_the_mismatch_is_that_of_equal_weights_and_the_lag_has_a_figure_of_its_own(unbroken):
+    found = rl_runs.lines(unbroken)
+    assert [line["lag"] for line in found] == [0, 1, 1, 1]
+    assert max(line["mismatch"] for line in found) < 1e-5
+    assert found[0]["lag_mismatch"] < 1e-5 < 1e-3 < min(line["lag_mismatch"] for line in found[1:]), "the policy moved a step"
+    assert found[1]["ratio"] == 1.0, "one update: the clip is inert, the importance weight holds the lag"
+
+
+def test_a_resumed_run_ahead_equals_the_unbroken_run_bit_for_bit(root, unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    (run / artifact.COMPLETE).unlink()
+    checkpoint.remove(run_folder.step_folder(run, 4))
+    assert (run_folder.step_folder(run, 2) / ahead.FILE).is_file()
+    loop.reinforce(rl_runs.config(root, run, **AHEAD))
+    assert rl_runs.numbers(run) == rl_runs.numbers(unbroken)
+    assert [rl_runs.samples(run, step) for step in (3, 4)] == [rl_runs.samples(unbroken, step) for step in (3, 4)]
+    assert differing(final_state(run), final_state(unbroken)) == []
+
+
+def test_responses_that_are_not_resumed_break_the_equality(root, unbroken, tmp_path, monkeypatch):
+    """Written anew they would be of the weights that the run goes on with."""
+    monkeypatch.setattr(ahead.Ahead, "load", lambda *_: None)
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    (run / artifact.COMPLETE).unlink()
+    checkpoint.remove(run_folder.step_folder(run, 4))
+    loop.reinforce(rl_runs.config(root, run, **AHEAD))
+    assert rl_runs.numbers(run) != rl_runs.numbers(unbroken)
+
+
+def test_servers_write_while_the_trainer_works(root, tmp_path, monkeypatch):
+    """Of the sixteen responses of the next step, each 0.1 s of a server's, all are asked for while the trainer takes its time."""
+    count = tmp_path / "count"
+    for name, value in ((PYTHON, stand_in(tmp_path)), ("FAKE_COUNTER", count), ("FAKE_DIES_AT", "0"), ("FAKE_SECONDS", "0.1")):
+        monkeypatch.setenv(name, str(value))
+    right, asked = loop._update, []
+
+    def slow(*arguments: Any) -> Any:
+        before = count.stat().st_size
+        time.sleep(1.5)
+        asked.append(count.stat().st_size - before)
+        return right(*arguments)
+
+    monkeypatch.setattr(loop, "_update", slow)
+    settings = {**AHEAD, "generation__backend": "vllm", "generation__batch_size": 4, "alarms__mismatch": None, "steps": 3}
+    run = loop.reinforce(rl_runs.config(root, tmp_path / "run", **settings))
+    assert [{one["weights_version"] for one in rl_runs.samples(run, step)} for step in (1, 2, 3)] == [{0}, {0}, {1}]
+    assert min(asked[:2]) > 8 and asked[2] == 0, f"{asked}: after the last step nothing is written"
+
+
+def test_servers_that_sleep_cannot_write_meanwhile(root, tmp_path):
+    settings = {"generation__backend": "vllm", "generation__server_flags__enable-sleep-mode": True, "rollout__steps_ahead": 1}
+    with pytest.raises(UserError, match="servers cannot sleep meanwhile"):
+        rl_runs.config(root, tmp_path / "run", **settings)
