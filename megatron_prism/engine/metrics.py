@@ -1,23 +1,28 @@
-"""What a run says about itself: `metrics.jsonl` always, TensorBoard, wandb and MLflow when asked, and one line for people.
+"""What a run says about itself: `metrics.jsonl` always, TensorBoard, wandb, MLflow and Prometheus when asked, and one line for people.
 
 Called on rank 0 only; the other ranks get a log that says nothing.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_prism.artifact import write_atomic
 from megatron_prism.config import Block, Positive
+from megatron_prism.engine import prometheus
 from megatron_prism.errors import UserError
 
 METRICS = "metrics.jsonl"
+MOST_OF_AN_ERROR = 2000
+"""characters"""
 Metrics = dict[str, Any]
 
 
@@ -32,20 +37,26 @@ class LogConfig(Block):
     """Weights & Biases project"""
     mlflow: str | None = None
     """MLflow experiment"""
+    prometheus: Annotated[int, Field(strict=True, ge=0, le=65535)] | None = None
+    """port of 127.0.0.1 at which a Prometheus server of this machine finds the newest figures; 0: a free one, which is told (docs/status.md)"""
 
 
 class MetricsLog:
-    """One run's metrics. Lines beyond the step that a run resumes from are dropped, so that the file tells one history."""
+    """One run's metrics. Lines beyond the step that a run resumes from are dropped, so that the file tells one history.
+
+    Errors: UserError for a port of `log.prometheus` that is taken.
+    """
 
     def __init__(self, run: Path, config: LogConfig, first_step: int, total_steps: int, enabled: bool, settings: Metrics) -> None:
         self.enabled = enabled
         if not enabled:
             return
-        self.path = run / METRICS
+        self.path, self.last_step = run / METRICS, first_step
         _drop_lines_after(self.path, first_step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.writers = [make(run, name, settings) for make, name in _chosen_writers(config)]
         self.console = Console(file=sys.stderr)
+        self.writers = [self._prometheus(run, config.prometheus, settings)] if config.prometheus is not None else []  # first: it may be refused
+        self.writers += [make(run, name, settings) for make, name in _chosen_writers(config)]
         self.bar = _progress_bar(self.console, first_step, total_steps) if self.console.is_terminal else None
 
     def step(self, number: int, metrics: Metrics, total_steps: int) -> None:
@@ -72,16 +83,32 @@ class MetricsLog:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close everything. An error that is on its way out when a `finally` calls this is the last line of the file."""
         if not self.enabled:
             return
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception | KeyboardInterrupt) and not self.file.closed:
+            self._write({"step": self.last_step, "error": f"{type(error).__name__}: {error}"[:MOST_OF_AN_ERROR]})
         if self.bar is not None:
             self.bar.stop()
         self.file.close()
         for write in self.writers:
             write(None)
 
+    def _prometheus(self, run: Path, port: int, settings: Metrics) -> "Writer":
+        endpoint = prometheus.Endpoint(run, port, settings)
+        self.say(f"figures for Prometheus: {endpoint.address}")
+
+        def write(record: Metrics | None) -> None:
+            if record is None:
+                endpoint.close()
+                return
+            endpoint.figures.take(record)
+
+        return write
+
     def _write(self, record: Metrics) -> None:
+        self.last_step = record["step"]
         self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
         self.file.flush()
         for write in self.writers:
@@ -149,12 +176,18 @@ def _chosen_writers(config: LogConfig) -> list[tuple[Callable[[Path, str, Metric
 
 
 def check_writers(config: LogConfig) -> None:
-    """Refuse a writer whose package is not installed, before any work is done. Errors: UserError."""
+    """Refuse a writer whose package is not installed, or whose port is taken, before any work is done. Errors: UserError."""
     import importlib.util
 
     for asked, package in ((config.tensorboard, "tensorboard"), (config.wandb, "wandb"), (config.mlflow, "mlflow")):
         if asked and importlib.util.find_spec(package) is None:
             raise UserError(f"log.{package} is set, but the package {package} is not installed; pip install {package}, or drop the key")
+    if config.prometheus is None:
+        return
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise UserError("log.prometheus is set, but the package prometheus_client is not installed; pip install prometheus_client, or drop the key")
+    if os.environ.get("RANK", "0") == "0":
+        prometheus.check_port(config.prometheus)
 
 
 def _numbers(record: Metrics) -> dict[str, float]:
