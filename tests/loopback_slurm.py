@@ -6,6 +6,7 @@ this machine's loopback address.
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,11 +18,15 @@ from pathlib import Path
 
 import psutil
 
+SHOWN_CHARACTERS = 4000
+JOBS = 20
+"""numbers whose ports are looked at before the first job: more than a test queues"""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CONFIG = """\
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.sock
@@ -69,19 +74,20 @@ class LoopbackSlurm:
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
         host, ports = socket.gethostname(), _free_ports(nodes + 1)
+        settings = {"host": host, "port": ports[-1], "folder": folder, "first_job": _first_job()}
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         lines = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2" for n, port in zip(self.nodes, ports, strict=False)]
-        (folder / "slurm.conf").write_text(CONFIG.format(host=host, port=ports[-1], folder=folder, nodes="\n".join(lines)))
+        (folder / "slurm.conf").write_text(CONFIG.format(nodes="\n".join(lines), **settings))
 
     def start(self) -> None:
         """Start every daemon, and wait until the nodes are there."""
         places = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid", "seed-file": "munge.seed", "log-file": "munge.log"}
         self._start("munged", "munged", "--foreground", *(f"--{key}={self.folder / name}" for key, name in places.items()))
-        wait_for(lambda: (self.folder / "munge.sock").exists(), 20, "munged")
+        self.wait_for(lambda: (self.folder / "munge.sock").exists(), 20, "munged")
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for node in self.nodes:
             self.start_node(node)
-        wait_for(lambda: self.ask("sinfo", "--noheader", "--format=%T %D").strip() == f"idle {len(self.nodes)}", 60, "the nodes")
+        self.wait_for(lambda: self.ask("sinfo", "--noheader", "--format=%T %D").strip() == f"idle {len(self.nodes)}", 60, "the nodes")
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd, which knows of no earlier job."""
@@ -102,7 +108,7 @@ class LoopbackSlurm:
     def return_node(self, node: str) -> None:
         """Start a lost node again, and wait until it takes jobs."""
         self.start_node(node)
-        wait_for(lambda: "State=IDLE " in self.ask("scontrol", "--oneliner", "show", "node", node), 60, f"{node} to return")
+        self.wait_for(lambda: "State=IDLE " in self.ask("scontrol", "--oneliner", "show", "node", node), 60, f"{node} to return")
 
     def ask(self, *words: str) -> str:
         """What one of Slurm's commands answers."""
@@ -112,6 +118,23 @@ class LoopbackSlurm:
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows of a job; empty for none."""
         return dict(word.split("=", 1) for word in self.ask("scontrol", "--oneliner", "show", "job", number).split() if "=" in word)
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Until it holds; AssertionError with what Slurm knows and wrote when it does not in time."""
+        try:
+            wait_for(condition, seconds, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.report()}") from None
+
+    def report(self) -> str:
+        """What Slurm knows of its jobs, steps and nodes, the end of each daemon's log, and what runs here."""
+        asked = [["scontrol", "--oneliner", "show", what] for what in ("job", "step", "node")]
+        parts = [f"--- {' '.join(words)} ---\n{self.ask(*words)}" for words in asked] if "slurmctld" in self._daemons else []
+        files = [path for path in sorted(self.folder.glob("*")) if path.suffix in (".log", ".out") and path.stat().st_size]
+        parts += [f"--- {path.name} ---\n{path.read_text(errors='replace')[-SHOWN_CHARACTERS:]}" for path in files]
+        return "\n".join(
+            [*parts, "--- processes of jobs ---", *(_described(process) for process in psutil.process_iter() if self._is_at(process, None))]
+        )
 
     def is_at_rest(self) -> bool:
         """Whether nothing of any job is left, neither for slurmctld nor among this machine's processes."""
@@ -169,6 +192,35 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.2)
+
+
+def _first_job() -> int:
+    """A number to count jobs from, whose ports and those of the next jobs nobody has.
+
+    A job's ranks meet at 20000 + number % 12000 (launch/slurm.py). Counted from 1, two Slurms of one machine met at one port, and under one name: the
+    ranks of the one waited for those of the other for ever.
+    """
+    for _ in range(100):
+        first = random.randrange(JOBS, 12000 - JOBS)
+        if all(_is_free(20000 + number) for number in range(first, first + JOBS)):
+            return first
+    raise AssertionError(f"no {JOBS} free ports beside each other between 20000 and 32000")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as place:
+        try:
+            place.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _described(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {process.status()} {process.create_time():.0f} {' '.join(process.cmdline())[:200]}"
+    except psutil.Error:
+        return f"{process.pid} gone"
 
 
 def _free_ports(count: int) -> list[int]:
