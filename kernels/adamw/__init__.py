@@ -41,7 +41,8 @@ def adamw(
     """Update weight, moments and master in place, all of one shape and contiguous.
 
     weight: fp32 (fp64 too in the reference) alone; or bf16 with master: fp32, or int16, the lower half of a split fp32 master (`split`).
-    gradient, exp_avg, exp_avg_sq: fp32 or bf16; sums in fp32. gradient_scale: one number on the device, times which the gradient counts (clipping).
+    gradient, exp_avg, exp_avg_sq: fp32 or bf16; sums in fp32. gradient_scale: one number on the device, times which the gradient counts (clipping);
+    where it is NaN nothing changes: how a step without usable gradients is left out with nobody waiting to see it.
     A bf16 weight is the master rounded to nearest; ties, with a split master, away from zero. Errors: UserError when impl="fused" cannot be.
     """
     assert weight.shape == gradient.shape == exp_avg.shape == exp_avg_sq.shape and (master is None or master.shape == weight.shape)

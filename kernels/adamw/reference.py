@@ -39,6 +39,8 @@ def update(
     settings: "Hyperparameters",
 ) -> None:
     """`adamw`."""
+    if gradient_scale is not None and not gradient_scale.is_cuda and gradient_scale.isnan():
+        return
     wide = compute_dtype(weight)
     g = gradient.to(wide) if gradient_scale is None else gradient.to(wide) * gradient_scale
     beta1, beta2 = settings.betas
@@ -48,13 +50,7 @@ def update(
     w = w * (1 - settings.lr * settings.weight_decay)
     root = v.sqrt() / math.sqrt(1 - beta2**settings.step) + settings.eps
     w = w - settings.lr / (1 - beta1**settings.step) * m / root
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    if master is not None and master.dtype == torch.int16:
-        upper, lower = split(w)
-        weight.copy_(upper)
-        master.copy_(lower)
-    else:
-        weight.copy_(w)
-        if master is not None:
-            master.copy_(w)
+    upper, lower = split(w) if master is not None and master.dtype == torch.int16 else (w, w)
+    for held, new in ((exp_avg, m), (exp_avg_sq, v), (weight, upper), *([] if master is None else [(master, lower)])):
+        # a NaN for a scale stands for: leave everything as it is; on a device nobody waits to look at it
+        held.copy_(new if gradient_scale is None or not held.is_cuda else torch.where(gradient_scale.isnan(), held, new.to(held.dtype)))

@@ -19,7 +19,7 @@ class AdamW:
     """param_groups: megatron-core's, each with `params` (flat ranges), `lr`, `weight_decay`, and from the first step on `step`.
 
     state[weight]: exp_avg, exp_avg_sq, and for a bf16 weight its master: fp32, or the int16 half that the weight lacks. An fp32 weight is its own
-    master. gradient_scale: what the next step's gradients count times, one number on the device.
+    master. gradient_scale: what the next step's gradients count times, one number on the device; NaN: the step changes nothing.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
@@ -42,6 +42,11 @@ class AdamW:
                     state = self._state(weight)
                     moments = state["exp_avg"], state["exp_avg_sq"]
                     adamw(weight, gradient, *moments, settings, master=state.get(MASTER), gradient_scale=self.gradient_scale)
+
+    def uncount(self) -> None:
+        """Forget that the last step was counted: it changed nothing."""
+        for group in self.param_groups:
+            group["step"] -= 1
 
     def initialize(self) -> None:
         """Make the state of every weight."""

@@ -57,27 +57,36 @@ class Optimizer:
             _order_by_type(part)
             part.optimizer = AdamW(part.optimizer.param_groups, config)
 
-    def step(self) -> Tensor:
-        """Update the weights, and gather them unless that overlaps with the next forward pass -> the gradients' norm before clipping, fp32 []."""
-        norm = self.gradient_norm()
-        self.apply(norm)
-        return norm
+    def step(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the weights, and gather them unless that overlaps with the next forward pass.
+
+        losses: this rank's, of any shape. Returns the gradients' norm before clipping, fp32 [], and whether the update was made, bool []: it is not,
+        and all is as before, where any rank's loss or the norm is NaN or infinite. Both stay on the device, where the update's own kernel looks;
+        who reads them calls `uncount` after an update that was not made.
+        """
+        norm, unusable = self._measured(losses)
+        usable = norm.isfinite() & (unusable == 0)
+        self.apply(torch.where(usable, norm, torch.nan))
+        return norm, usable
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Of the gradients divided by the tokens, before clipping, fp32 [], on every rank. Comes after a forward and backward pass."""
-        for part in self.chained_optimizers:
-            part.prepare_grads()
-        return self._grad_norm() * self._mean()
+        return self._measured(None)[0]
 
     @torch.no_grad()
     def apply(self, norm: Tensor) -> None:
-        """Update the weights by the gradients whose `gradient_norm` this is."""
-        mean = self._mean()
+        """Update the weights by the gradients whose `gradient_norm` this is; a norm that is NaN or infinite leaves weights and moments as they are."""
+        mean = torch.where(norm.isfinite(), self._mean(), torch.nan)
         scale = mean if self.clip_grad is None else mean * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for part in self.chained_optimizers:
             part.optimizer.gradient_scale = scale
             part.step_with_ready_grads()
+
+    def uncount(self) -> None:
+        """Forget that the last step was counted: it changed nothing."""
+        for part in self.chained_optimizers:
+            part.optimizer.uncount()
 
     def _mean(self) -> Tensor:
         """What a sum over all tokens counts times in their mean."""
@@ -95,16 +104,21 @@ class Optimizer:
         dist.all_reduce(num_tokens, group=self.groups_of_ranks.dp_cp)
         self.num_tokens = num_tokens
 
-    def _grad_norm(self) -> Tensor:
-        """Of the gradients' sums, over all ranks; weights that several hold counted once."""
+    @torch.no_grad()
+    def _measured(self, losses: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm, and how many losses are no numbers: over all ranks, in one exchange; weights that several hold counted once."""
         assert self.num_tokens is not None
-        total = torch.zeros((), dtype=torch.float32, device=self.num_tokens.device)
+        for part in self.chained_optimizers:
+            part.prepare_grads()
+        seen = torch.zeros(2, dtype=torch.float32, device=self.num_tokens.device)
         for part in self.chained_optimizers:
             gradients = part.get_main_grads_for_grad_norm()
             if gradients:
-                total += torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
-        dist.all_reduce(total, group=self.chained_optimizers[0].get_grad_stats_parallel_group())
-        return total.sqrt()
+                seen[0] += torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+        if losses is not None:
+            seen[1] = (~losses.isfinite()).sum()
+        dist.all_reduce(seen, group=self.chained_optimizers[0].get_grad_stats_parallel_group())
+        return seen[0].sqrt() * self._mean(), seen[1]
 
     def take_weights(self) -> None:
         """Start anew from the model's weights as they are now: fresh moments, step 0."""

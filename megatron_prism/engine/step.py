@@ -36,11 +36,15 @@ class Engine:
 
 @dataclass(frozen=True)
 class StepReport:
-    """by_source: float64 [sources, 2], loss sum and token count over all ranks, on the host; signal: as handed in, summed over ranks."""
+    """by_source: float64 [sources, 2], loss sum and token count over all ranks, on the host; signal: as handed in, summed over ranks.
+
+    applied: whether the weights were updated; where loss or gradients are no numbers they, the moments and Adam's count of steps are as before.
+    """
 
     by_source: Tensor
     grad_norm: float
     signal: int
+    applied: bool = True
 
     @property
     def loss(self) -> float:
@@ -50,7 +54,7 @@ class StepReport:
 
 
 def train_step(engine: Engine, data: SampleReader, first_sample: int, lr: float, weight_decay: float, signal: int = 0) -> StepReport:
-    """Gradients of one global batch, reduced, clipped and applied.
+    """Gradients of one global batch, reduced, clipped and applied, unless they or the loss are no numbers: the device decides, nobody waits for it.
 
     signal: a number that this rank tells all others with the loss (1: please stop), so that no extra exchange is needed.
     """
@@ -59,15 +63,19 @@ def train_step(engine: Engine, data: SampleReader, first_sample: int, lr: float,
     engine.optimizer.zero_grad()
     parts = forward_backward(engine, data, first_sample, forward_only=False)
     set_learning_rate(engine.optimizer, lr, weight_decay)
-    grad_norm = engine.optimizer.step()
-    return _over_all_ranks(engine, parts, grad_norm, signal)
+    grad_norm, usable = engine.optimizer.step(parts)
+    report = _over_all_ranks(engine, parts, grad_norm, signal, usable)
+    if not report.applied:
+        engine.optimizer.uncount()
+    return report
 
 
 def evaluate_step(engine: Engine, data: SampleReader, first_sample: int) -> Tensor:
     """Loss sums and token counts of one global batch by source, float64 [sources, 2], over all ranks; no gradients, no dropout."""
     with evaluating(engine):
         parts = forward_backward(engine, data, first_sample, forward_only=True)
-    return _over_all_ranks(engine, parts, torch.zeros((), device=engine.device), signal=0).by_source
+    nothing = torch.zeros((), device=engine.device)
+    return _over_all_ranks(engine, parts, nothing, signal=0, usable=nothing).by_source
 
 
 @contextmanager
@@ -135,13 +143,13 @@ def run_schedule(
     return reports
 
 
-def _over_all_ranks(engine: Engine, parts: Tensor, grad_norm: Tensor, signal: int) -> StepReport:
+def _over_all_ranks(engine: Engine, parts: Tensor, grad_norm: Tensor, signal: int, usable: Tensor) -> StepReport:
     """Add up what the ranks saw, in one exchange and one copy to the host, the step's only wait for the device.
 
-    Tensor-parallel ranks saw the same tokens: one speaks for all. The norm is the same everywhere.
+    Tensor-parallel ranks saw the same tokens: one speaks for all. The norm is the same everywhere, and so is whether the update was made.
     """
     counted = parts if engine.mesh.tp_rank == 0 else torch.zeros_like(parts)
     message = torch.cat([counted.flatten(), torch.full((1,), float(signal), dtype=torch.float64, device=engine.device)])
     dist.all_reduce(message)
-    seen = torch.cat([message, grad_norm.double().view(1)]).cpu()
-    return StepReport(by_source=seen[:-2].view_as(parts), grad_norm=float(seen[-1]), signal=int(seen[-2]))
+    seen = torch.cat([message, torch.stack([grad_norm.double(), usable.double()])]).cpu()
+    return StepReport(by_source=seen[:-3].view_as(parts), grad_norm=float(seen[-2]), signal=int(seen[-3]), applied=bool(seen[-1]))

@@ -77,6 +77,20 @@ def test_bf16_moments_stay_near_those_in_fp32():
     assert 0 < (exact - near).norm() / (exact - start).norm() < 2e-2
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("weight", "master"), [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.int16)])
+def test_a_scale_that_is_no_number_leaves_every_bit_as_it_is(size, weight, master):
+    torch.manual_seed(size)
+    w, m, v = torch.randn(size).to(weight), torch.randn(size), torch.rand(size)
+    p = None if master is None else torch.randint(-(1 << 15), 1 << 15, (size,)).to(torch.int16) if master == torch.int16 else torch.randn(size)
+    held = [tensor for tensor in (w, m, v, p) if tensor is not None]
+    before = [tensor.clone() for tensor in held]
+    gradient = torch.full((size,), torch.nan)
+    for scale, changes in ((torch.nan, False), (1.0, True)):
+        adamw(w, gradient, m, v, settings(1), master=p, gradient_scale=torch.tensor(scale), impl="fused" if INTERPRETED else "reference")
+        assert [torch.equal(now, then) for now, then in zip(held[:3], before, strict=False)] == [not changes] * 3
+
+
 def test_no_number_stays_no_number_in_both_halves():
     values = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
     upper, lower = split(values)

@@ -112,10 +112,10 @@ class TimedOptimizer:
     def __init__(self, optimizer: Any, timeline: Timeline) -> None:
         self.optimizer, self.timeline = optimizer, timeline
 
-    def step(self) -> Any:
+    def step(self, *arguments: Any) -> Any:
         """As Optimizer.step."""
         with self.timeline.span("optimizer"):
-            return self.optimizer.step()
+            return self.optimizer.step(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
