@@ -11,6 +11,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Files of tests at a time. Many tests start several processes themselves: more than a few at once gain nothing.
+TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 GPU_PYTHON ?= python3
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := constraints/cpu.txt
@@ -30,7 +32,7 @@ smollm2: $(VENV)/.installed
 	$(VENV)/bin/python examples/smollm2_135m/run.py
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .

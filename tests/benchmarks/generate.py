@@ -1,7 +1,9 @@
-"""Tokens per second of generation on a CPU: our vLLM backend beside vLLM's own offline `LLM.generate`, and continuous batching beside static batches.
+"""Tokens per second of generation on a CPU: our vLLM backend beside vLLM's own offline `LLM.generate`, continuous batching beside static batches,
+and our two backends beside each other.
 
     PRISM_VLLM_PYTHON=VLLM/bin/python python tests/benchmarks/generate.py vllm --model HF_FOLDER [--requests 64] [--rounds 5]
     python tests/benchmarks/generate.py transformers --model HF_FOLDER [--requests 96] [--rounds 5] [--lm-eval]
+    PRISM_VLLM_PYTHON=VLLM/bin/python python tests/benchmarks/generate.py backends --model HF_FOLDER [--requests 64] [--rounds 5]
 
 Prompts of random tokens; how much each completion writes is drawn from a long-tailed distribution (end-of-sequence tokens are off), the same requests
 for both sides, which take turns. The offline side lives in vllm_offline.py, in a process of vLLM's Python, with the same settings. Static batches:
@@ -34,7 +36,7 @@ FLAGS = {"enforce-eager": True, "no-enable-prefix-caching": True}
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=("vllm", "transformers"))
+    parser.add_argument("side", choices=("vllm", "transformers", "backends"))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -48,7 +50,7 @@ def main() -> None:
     limits = [request.max_new_tokens or 0 for request in asked]
     print(f"{len(asked)} requests, completions of {min(limits)} to {max(limits)} tokens (median {statistics.median(limits):.0f}, sum {sum(limits)})")
     print(options)
-    measure_vllm(options, asked) if options.side == "vllm" else measure_transformers(options, asked)
+    {"vllm": measure_vllm, "transformers": measure_transformers, "backends": measure_backends}[options.side](options, asked)
 
 
 def make_requests(options: argparse.Namespace) -> list[Request]:
@@ -71,11 +73,36 @@ def complete(generator: Generator, asked: list[Request]) -> int:
 
 def measure_vllm(options: argparse.Namespace, asked: list[Request]) -> None:
     """Ours and the offline engine, in turns; both are up all the time, and only one works."""
-    settings: dict[str, Any] = {"batch_size": options.batch_size, "dtype": options.dtype, "max_model_len": 1024, "server_flags": FLAGS}
-    with generate.load(options.model, "vllm", **settings) as generator, Offline(options, asked) as offline:
-        assert isinstance(generator, VllmGenerator)
-        generator.speller.eos_ids = []
+    with open_vllm(options) as generator, Offline(options, asked) as offline:
         compare(options, {"ours": lambda: complete(generator, asked), "vLLM's LLM.generate": offline.run})
+
+
+def measure_backends(options: argparse.Namespace, asked: list[Request]) -> None:
+    """vLLM's server and transformers in this process, in turns, each as RL asks it."""
+    with open_vllm(options) as vllm:
+        ours = open_transformers(options)
+        compare(options, {"vllm": lambda: complete(vllm, asked), "transformers": lambda: complete(ours, asked)})
+
+
+def open_vllm(options: argparse.Namespace) -> VllmGenerator:
+    """A server that knows no end of a sequence."""
+    settings: dict[str, Any] = {"batch_size": options.batch_size, "dtype": options.dtype, "max_model_len": 1024, "server_flags": FLAGS}
+    generator = generate.load(options.model, "vllm", **settings)
+    assert isinstance(generator, VllmGenerator)
+    generator.speller.eos_ids = []
+    return generator
+
+
+def open_transformers(options: argparse.Namespace) -> Any:
+    """The same in this process, on one thread."""
+    import torch
+
+    from megatron_prism.generate.transformers_backend import TransformersGenerator
+
+    torch.set_num_threads(1)
+    generator = TransformersGenerator.load(options.model, "cpu", options.dtype, options.batch_size)
+    generator.speller.eos_ids = []
+    return generator
 
 
 class Offline:
@@ -110,13 +137,7 @@ class Offline:
 
 def measure_transformers(options: argparse.Namespace, asked: list[Request]) -> None:
     """Continuous, static, and lm-eval's batches over one loaded model."""
-    import torch
-
-    from megatron_prism.generate.transformers_backend import TransformersGenerator
-
-    torch.set_num_threads(1)
-    generator = TransformersGenerator.load(options.model, "cpu", options.dtype, options.batch_size)
-    generator.speller.eos_ids = []
+    generator = open_transformers(options)
     sides: dict[str, Callable[[], int]] = {
         "ours, continuous": lambda: complete(generator, asked),
         "static batches": lambda: static(generator.model, asked, options.batch_size),
