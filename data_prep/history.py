@@ -5,8 +5,12 @@ time. So the first n samples never depend on how many are asked for, any index c
 one sample. Where the next plan begins, its clock starts anew, while every source goes on with its own next sample: nothing of it is repeated or
 skipped, also when it was away for a while; a new source starts at its first.
 
-Owns: the schedule, and what of a blend may change within a run. Refuses: weights that are not positive; a change that was not asked for, and any
-change of seed, sequence length, packing, or of the shards behind a source's name and what of them is learnt. Knows nothing of documents and tokens.
+A plan may have windows that are left out (a run was rolled back because of them): its clock jumps over them, so what follows is what would have
+followed, and samples are numbered as they are served, whatever is left out between them.
+
+Owns: the schedule, what of it is left out, and what of a blend may change within a run. Refuses: weights that are not positive; a change that was
+not asked for, one before a window that lies ahead, and any change of seed, sequence length, packing, or of the shards behind a source's name and
+what of them is learnt. Knows nothing of documents and tokens.
 """
 
 import json
@@ -32,10 +36,33 @@ SMALLEST_SHARE = 1e-100
 
 @dataclass(frozen=True)
 class Segment:
-    """A plan and the sample that it begins with; weights by source, in the order of the blend, which settles ties."""
+    """A plan and the sample that it begins with; weights by source, in the order of the blend, which settles ties.
+
+    skipped: windows (start, samples) of its own clock that are left out, counted from its beginning; in order, apart from each other.
+    """
 
     first_sample: int
     weights: Mapping[str, float]
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    def clock(self, served: int) -> int:
+        """What its clock shows when `served` of its samples are served: windows that begin there are left behind too."""
+        for start, samples in self.skipped:
+            if start > served:
+                break
+            served += samples
+        return served
+
+    def pieces(self, low: int, high: int) -> list[tuple[int, int]]:
+        """The spans of its clock that hold its samples [low, high), in order."""
+        found, begin = [], self.clock(low)
+        for start, samples in self.skipped:
+            if begin < start and begin + high - low > start:
+                found.append((begin, start))
+                low, begin = low + start - begin, start
+            if begin == start:
+                begin += samples
+        return [*found, (begin, begin + high - low)] if low < high else found
 
 
 class Schedule:
@@ -107,7 +134,7 @@ class History:
 
     def __init__(self, segments: Sequence[Segment]):
         starts = [segment.first_sample for segment in segments]
-        assert segments and starts[0] == 0 and all(before < after for before, after in pairwise(starts)), starts
+        assert segments and starts[0] == 0 and all(before <= after for before, after in pairwise(starts)), starts
         self.segments = tuple(segments)
         self.names = list(dict.fromkeys(name for segment in segments for name in segment.weights))
         place = {name: number for number, name in enumerate(self.names)}
@@ -115,8 +142,11 @@ class History:
         self._schedules = [Schedule(list(segment.weights), list(segment.weights.values())) for segment in segments]
         self._places = [np.array([place[name] for name in segment.weights]) for segment in segments]
         self._served = [np.zeros(len(self.names), np.int64)]
-        """samples of each source before each segment"""
+        """samples of each source that were served before each segment"""
+        self._passed = [np.zeros(len(self.names), np.int64)]
+        """and with those that were left out: where each source's own stream stands"""
         for number in range(len(segments) - 1):
+            self._passed.append(self._passed_in(number, starts[number + 1]))
             self._served.append(self._counts_in(number, starts[number + 1]))
 
     @property
@@ -128,6 +158,10 @@ class History:
         """How many of the first `num_samples` samples come from each source of `names`: exact."""
         return self._counts_in(self._segment(max(num_samples - 1, 0)), num_samples)
 
+    def skipped(self, num_samples: int) -> Int64:
+        """How many of each source were left out before sample `num_samples`."""
+        return self._passed_in(self._segment(num_samples), num_samples) - self.counts(num_samples)
+
     def schedule(self, start: int, stop: int) -> tuple[Int64, Int64]:
         """Which source serves the samples [start, stop), and which sample of that source's own stream each is: two arrays of stop - start."""
         assert 0 <= start <= stop, (start, stop)
@@ -137,24 +171,31 @@ class History:
             end = self.segments[number + 1].first_sample if number + 1 < len(self.segments) else stop
             low, high = max(start, begin), min(stop, end)
             if low < high:
-                local, ordinals = self._schedules[number].between(low - begin, high - begin)
-                sources = self._places[number][local]
-                parts.append((sources, ordinals + self._served[number][sources]))
+                for piece in self.segments[number].pieces(low - begin, high - begin):
+                    local, ordinals = self._schedules[number].between(*piece)
+                    sources = self._places[number][local]
+                    parts.append((sources, ordinals + self._passed[number][sources]))
         sources, ordinals = (np.concatenate([part[column] for part in parts] or [np.zeros(0, np.int64)]) for column in (0, 1))
         return sources, ordinals
 
     def replanned(self, first_sample: int, weights: Mapping[str, float]) -> "History":
         """This history with another plan from `first_sample` on; a plan that began at that very sample served nothing and is forgotten."""
         assert first_sample >= self.current.first_sample, f"a plan beyond sample {first_sample} served samples already: {self.current}"
-        kept = [segment for segment in self.segments if segment.first_sample < first_sample]
+        kept = [segment for segment in self.segments if segment.first_sample < first_sample or segment.skipped]
         return History([*kept, Segment(first_sample, dict(weights))])
 
     def _segment(self, sample: int) -> int:
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def _counts_in(self, number: int, num_samples: int) -> Int64:
-        counts = self._served[number].copy()
-        counts[self._places[number]] += self._schedules[number].counts(num_samples - self.segments[number].first_sample)
+        counts, schedule = self._served[number].copy(), self._schedules[number]
+        for start, stop in self.segments[number].pieces(0, num_samples - self.segments[number].first_sample):
+            counts[self._places[number]] += schedule.counts(stop) - schedule.counts(start)
+        return counts
+
+    def _passed_in(self, number: int, num_samples: int) -> Int64:
+        segment, counts = self.segments[number], self._passed[number].copy()
+        counts[self._places[number]] += self._schedules[number].counts(segment.clock(num_samples - segment.first_sample))
         return counts
 
 
@@ -171,8 +212,28 @@ class Continuation(NamedTuple):
 
 
 def from_records(records: Sequence[Table]) -> History:
-    """The history that a checkpoint recorded: [{"first_sample", "sources": [{"name", "weight", "digest", "tokens"}]}]."""
-    return History([Segment(record["first_sample"], {source["name"]: source["weight"] for source in record["sources"]}) for record in records])
+    """The history that a checkpoint recorded: [{"first_sample", "sources": [{"name", "weight", "digest", "tokens"}]}].
+
+    "skipped": [{"start", "samples", ...}] where windows of a plan are left out.
+    """
+    return History([_segment(record) for record in records])
+
+
+def _segment(record: Table) -> Segment:
+    windows = tuple((window["start"], window["samples"]) for window in record.get("skipped", ()))
+    return Segment(record["first_sample"], {source["name"]: source["weight"] for source in record["sources"]}, windows)
+
+
+def without_window(records: Sequence[Table], first_sample: int, samples: int, **facts: Any) -> list[Table]:
+    """These plans without the samples [first_sample, first_sample + samples) that they serve, all of the last plan. facts: kept with the window."""
+    last = records[-1]
+    segment = _segment(last)
+    assert samples > 0 and first_sample >= segment.first_sample, (first_sample, samples, segment)
+    pieces = segment.pieces(first_sample - segment.first_sample, first_sample - segment.first_sample + samples)
+    start, stop = pieces[0][0], pieces[-1][1]
+    windows = [window for window in last.get("skipped", ()) if not start <= window["start"] < stop]  # those inside become part of it
+    windows.append({"start": start, "samples": stop - start, **facts})
+    return [*records[:-1], {**last, "skipped": sorted(windows, key=lambda window: int(window["start"]))}]
 
 
 def recorded(data: Table) -> list[Table]:
@@ -205,8 +266,21 @@ def go_on(then: Table, now: Table, first_sample: int, on_change: OnChange) -> Co
             "it stood; or start a new run from the checkpoint with model.load='weights'"
         )
     assert records[-1]["first_sample"] <= first_sample, (records[-1], first_sample)
-    kept = [record for record in records if record["first_sample"] < first_sample]
+    _refuse_windows_ahead(records[-1], first_sample)
+    kept = [record for record in records if record["first_sample"] < first_sample or record.get("skipped")]
     return Continuation([*kept, {"first_sample": first_sample, "sources": now["sources"], "changes": movable}], movable)
+
+
+def _refuse_windows_ahead(last: Table, first_sample: int) -> None:
+    """Errors: UserError where the last plan leaves out samples that another one would serve in another order."""
+    segment = _segment(last)
+    now = segment.clock(first_sample - segment.first_sample)
+    ahead = [start for start, _ in segment.skipped if start > now]
+    if ahead:
+        raise UserError(
+            f"the run leaves out samples that lie {max(ahead) - now} samples ahead of it; under another blend they would come in another order: "
+            "go on with the blend as it was until the run has passed them, and change it then"
+        )
 
 
 def consumption(records: Sequence[Table], num_samples: int, seq_len: int) -> dict[str, Table]:
@@ -214,9 +288,9 @@ def consumption(records: Sequence[Table], num_samples: int, seq_len: int) -> dic
     history = from_records(records)
     sizes = {source["name"]: size_of(source, seq_len) for record in records for source in record["sources"]}
     found = {}
-    for name, samples in zip(history.names, history.counts(num_samples).tolist(), strict=True):
+    for name, samples, skipped in zip(history.names, history.counts(num_samples).tolist(), history.skipped(num_samples).tolist(), strict=True):
         epochs = samples * seq_len / sizes[name] if sizes[name] else None
-        found[name] = {"samples": samples, "tokens": samples * seq_len, "epochs": epochs}
+        found[name] = {"samples": samples, "tokens": samples * seq_len, "epochs": epochs} | ({"skipped": skipped} if skipped else {})
     return found
 
 
@@ -230,7 +304,9 @@ def describe_consumption(records: Sequence[Table], num_samples: int, seq_len: in
         epochs = "unknown" if taken["epochs"] is None else f"{taken['epochs']:.3g}"
         rows.append((name, planned, f"{taken['samples'] / max(num_samples, 1):.2%}", f"{taken['samples']:,}", f"{taken['tokens']:,}", epochs))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    left_out = [f"{taken['skipped']:,} of {name}" for name, taken in consumption(records, num_samples, seq_len).items() if "skipped" in taken]
+    return "\n".join(lines + ([f"left out: {', '.join(left_out)}"] if left_out else []))
 
 
 def size_of(source: Table, seq_len: int) -> int | None:
@@ -248,7 +324,7 @@ def _with_size(source: Table, now: Table) -> Table:
 
 def _fixed_changes(then: Table, now: Table, records: Sequence[Table]) -> list[str]:
     """What may not change: everything but the sources, and the shards of a source that the run has ever read."""
-    keys = [key for key in dict.fromkeys([*then, *now]) if key not in ("sources", "history")]
+    keys = [key for key in dict.fromkeys([*then, *now]) if key not in ("sources", "history", "bad_steps")]
     changes = [f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys if then.get(key) != now.get(key)]
     digests = {source["name"]: source["digest"] for record in records for source in record["sources"]}
     losses = {source["name"]: source.get("loss", "all") for record in records for source in record["sources"]}

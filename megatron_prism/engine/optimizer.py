@@ -76,7 +76,7 @@ class Optimizer:
 
     @torch.no_grad()
     def apply(self, norm: Tensor) -> None:
-        """Update the weights by the gradients whose `gradient_norm` this is; a norm that is NaN or infinite leaves weights and moments as they are."""
+        """Update the weights by the gradients whose `gradient_norm` this is; by a norm that is NaN or infinite nothing is changed."""
         mean = torch.where(norm.isfinite(), self._mean(), torch.nan)
         scale = mean if self.clip_grad is None else mean * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for part in self.chained_optimizers:

@@ -13,6 +13,7 @@ from megatron_prism.data_prep.history import (
     from_records,
     go_on,
     recorded,
+    without_window,
 )
 from megatron_prism.data_prep.sampler import Sampler
 from megatron_prism.errors import UserError
@@ -92,6 +93,64 @@ def test_following_a_longer_history_changes_nothing_before_its_last_plan():
     sampler.follow(history.replanned(60, {"a": 1.0, "b": 9.0, "c": 1.0}))
     after = [sampler.sample(index) for index in range(80)]
     assert after[:60] == before[:60] and after[60:] != before[60:]
+
+
+WINDOWS = {0: ((0, 3), (9, 2), (11, 4)), 3: ((0, 5), (30, 1)), 4: ((6, 10**4),)}
+"""by plan of CHANGING: one at its beginning, two side by side, one of a single sample, one that lies ahead of what is asked for at first"""
+
+
+def with_windows_by_brute_force(num_samples):
+    """(name, ordinal) of what is served, and the names of what is left out before sample `num_samples`."""
+    found, left_out, passed = [], [], dict.fromkeys("abc", 0)
+    ends = [segment.first_sample for segment in CHANGING[1:]] + [num_samples]
+    for number, (segment, end) in enumerate(zip(CHANGING, ends, strict=True)):
+        count, windows = end - segment.first_sample, WINDOWS.get(number, ())
+        alone = by_brute_force([Segment(0, segment.weights)], count + sum(samples for _, samples in windows))
+        for clock, (name, _) in enumerate(alone):
+            skipped = any(start <= clock < start + samples for start, samples in windows)
+            if not skipped and len(found) == end:
+                break
+            (left_out if skipped else found).append(name if skipped else (name, passed[name]))
+            passed[name] += 1
+    return found, left_out
+
+
+def test_windows_are_left_out_and_what_follows_is_what_would_have_followed():
+    history = History([Segment(segment.first_sample, segment.weights, WINDOWS.get(number, ())) for number, segment in enumerate(CHANGING)])
+    truth, _ = with_windows_by_brute_force(300)
+    for start, stop in [(0, 300), (0, 40), (6, 7), (39, 42), (99, 101), (128, 132), (170, 290), (183, 184), (60, 60)]:
+        assert named(history, start, stop) == truth[start:stop], (start, stop)
+    for total in [1, 6, 7, 40, 41, 100, 129, 130, 177, 182, 183, 299]:
+        served, left_out = with_windows_by_brute_force(total) if total > 177 else (truth[:total], None)
+        assert history.counts(total).tolist() == [sum(name == wanted for name, _ in served) for wanted in history.names], total
+        if left_out is not None:
+            assert history.skipped(total).tolist() == [left_out.count(name) for name in history.names], total
+
+
+def test_a_window_is_counted_in_the_samples_that_are_served_and_takes_in_those_within_it():
+    records = [{"first_sample": 0, "sources": data(FIRST)["sources"]}, {"first_sample": 10, "sources": data(FIRST)["sources"]}]
+    whole = named(from_records(records), 0, 200)
+    once = without_window(records, 30, 8, because="a spike")
+    assert once[-1]["skipped"] == [{"start": 20, "samples": 8, "because": "a spike"}] and "skipped" not in records[-1]
+    assert named(from_records(once), 0, 150) == whole[:30] + whole[38:158]
+    twice = without_window(without_window(once, 60, 4), 26, 10)  # the first lies within the third
+    assert [(window["start"], window["samples"]) for window in twice[-1]["skipped"]] == [(16, 18), (58, 4)]
+    assert named(from_records(twice), 0, 100) == whole[:26] + whole[44:68] + whole[72:122]
+    taken = consumption(twice, 60, 8)
+    assert sum(one["samples"] for one in taken.values()) == 60 and sum(one.get("skipped", 0) for one in taken.values()) == 22
+    assert describe_consumption(twice, 60, 8).splitlines()[-1].startswith("left out: ")
+    assert "left out" not in describe_consumption(twice, 20, 8)
+
+
+def test_another_plan_waits_until_the_windows_are_passed_and_counts_them():
+    then = data(FIRST)
+    then["history"] = without_window(recorded(then), 20, 6)
+    with pytest.raises(UserError, match="leaves out samples that lie 10 samples ahead .* until the run has passed them"):
+        go_on(then, data({"code": FIRST["code"]}), 10, "replan")
+    records = go_on(then, data({"code": FIRST["code"]}), 20, "replan").records
+    before = History([Segment(0, {"code": 3.0, "math": 1.0})])
+    assert [record["first_sample"] for record in records] == [0, 20]
+    assert named(from_records(records), 20, 21) == [("code", int(before.counts(26)[0]))], "what was left out does not come again"
 
 
 def test_a_plan_that_served_nothing_is_replaced():
