@@ -21,6 +21,7 @@ from megatron_prism.launch.cluster import ClusterConfig
 from megatron_prism.launch.job import environment, run_local, torchrun_argv
 from megatron_prism.launch.pipeline import refuse_stale, run_pipeline, states
 from megatron_prism.launch.plan import StageEntry, Step, load_plan, single
+from megatron_prism.launch.record import Record
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def on_slurm(target: Target, place: ClusterConfig, after: list[str], print_only:
     if not print_only:
         require_variables(place)
     numbers: dict[str, str] = {}
+    if target.is_pipeline and not print_only:
+        Record(target.path, target.steps, runner=False).write()
     for step, state in states(target.steps):
         if state.action == "skip":
             typer.secho(f"# {step.name}: skip, {step.output} is {state.why}", dim=True)

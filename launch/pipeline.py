@@ -16,7 +16,11 @@ from megatron_prism import artifact
 from megatron_prism.errors import UserError
 from megatron_prism.launch.job import STOPPED_EARLY, Outcome, run_local
 from megatron_prism.launch.plan import Step, load_plan
+from megatron_prism.launch.record import Record
 from megatron_prism.launch.worker import Worker
+
+_IN_WORDS = {0: "finished", STOPPED_EARLY: "stopped"}
+"""exit status of a stage -> what the record of the chain says; any other one failed"""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,11 @@ def run_pipeline(path: Path, dry_run: bool = False, remake: bool = False) -> Non
         raise UserError("\n".join([*wide, f"prism run has this machine alone; queue the chain with prism launch slurm {path}, or set nodes=1"]))
     if not remake:
         refuse_stale(plan)
-    started, ran = time.monotonic(), 0
+    started, ran, record = time.monotonic(), 0, Record(path, plan, runner=True)
+    record.write()
     with _Workers() as workers:
         for number, step in enumerate(plan, 1):
-            ran += _advance(step, f"[{number}/{len(plan)}]", workers)
+            ran += _advance(step, f"[{number}/{len(plan)}]", workers, record)
     typer.secho(f"pipeline done in {_duration(time.monotonic() - started)}: {ran} run, {len(plan) - ran} skipped", bold=True)
 
 
@@ -85,7 +90,7 @@ class _Workers:
         self._worker = None
 
 
-def _advance(step: Step, label: str, workers: _Workers) -> bool:
+def _advance(step: Step, label: str, workers: _Workers, record: Record) -> bool:
     """Bring one step to its end; False when there was nothing to do."""
     state = state_of(step)
     if state.action == "skip":
@@ -96,10 +101,12 @@ def _advance(step: Step, label: str, workers: _Workers) -> bool:
     ranks = f" on {step.job.ranks} ranks" if step.parallel else ""
     typer.secho(f"{label} {step.name}: {state.action} {step.job.stage}{ranks}: {state.why}", bold=True)
     started = time.monotonic()
+    record.write(step, state="running")
     outcome = workers.run(step)
     seconds = time.monotonic() - started
     if outcome.status == 0 and not artifact.is_complete(step.output):
         outcome = Outcome(STOPPED_EARLY, f"it stopped before {step.output} was complete; run the pipeline again to continue")
+    record.write(step, state=_IN_WORDS.get(outcome.status, "failed"), status=outcome.status, message=outcome.message, seconds=round(seconds, 1))
     if outcome.status:
         typer.secho(f"error: stage {step.name} failed after {_duration(seconds)}: {outcome.message}", fg="red", err=True)
         typer.secho(f"its output: {step.log}", fg="red", err=True)

@@ -4,7 +4,7 @@
     prism convert import HF_DIR OUT      prism convert export CHECKPOINT OUT
     prism plan RECIPE|MODEL              prism run PIPELINE.toml              prism doctor
     prism launch local|slurm|nemo RECIPE|PIPELINE.toml
-    prism inspect OUTPUT|BLEND.toml      prism report RUN [RUN ...]
+    prism inspect OUTPUT|BLEND.toml      prism report RUN [RUN ...]      prism status RUN [RUN ...]
     prism stage my.module RECIPE.toml    (a stage of your own)
 
 Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0.
@@ -313,6 +313,22 @@ def doctor(
     from megatron_prism.doctor import command
 
     raise typer.Exit(command.run(path, ranks, device, only or [], as_json))
+
+
+@app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="outputs of stages, or the folder that a pipeline writes to")],
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="look again and again, until all is finished")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="with --watch: how often")] = 5.0,
+) -> None:
+    """How far outputs are, also while they are made: progress, losses, speed, goodput, the last checkpoint, alarms.
+
+    Status 0: running or finished; 3: dead or failed; 4: stopped, to be started again.
+    """
+    from megatron_prism.status import command
+
+    raise typer.Exit(command.show(runs, as_json, every if watch else None))
 
 
 @app.command()

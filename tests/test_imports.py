@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIGHT = ("cli", "config", "artifact", "errors", "data_prep", "launch", "stages", "planning")
+LIGHT = ("cli", "config", "artifact", "errors", "data_prep", "launch", "stages", "planning", "status")
 """Parts that answer before torch is there: the command line, its errors, `--dry-run`, data preparation."""
 
 OPTIONAL = ("lm_eval",)

@@ -97,7 +97,8 @@ def after_step(run: Run, stopping: bool, save: Callable[[], None]) -> bool:
     if _is_due(run, run.cfg.evaluation) and not stopping:
         _evaluate(run)
     if stopping and (not run.is_last or owes_evaluation(run)):
-        run.log.say(f"stopped after step {run.progress.step} of {run.cfg.steps}: start the same command again to go on")
+        said = f"stopped after step {run.progress.step} of {run.cfg.steps}: start the same command again to go on"
+        run.log.event(run.progress.step, {"stopped": True}, said)
         return False
     return True
 
