@@ -4,7 +4,8 @@
       config.toml       the resolved config, every default spelled out
       provenance.json   schema version, stage, time, git commit, versions, command, host, parents with their digests
       ...               what the stage made
-      COMPLETE          sizes of all files and the digest that children record; no COMPLETE, no reading
+      COMPLETE          sizes of all files and the digest that children record; no COMPLETE, no reading. Of a checkpoint: checksums too,
+                        but for files that stand in a table beside them (`checksums`)
 
 Owns: beginning, completing and reading such folders, and single files written whole or not at all.
 Refuses: a folder without COMPLETE, a file that changed size since, a newer schema, a folder that holds something else, and overwriting
@@ -30,7 +31,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_prism import __version__, secrets
+from megatron_prism import __version__, checksums, secrets
+from megatron_prism.checksums import Checksum
 from megatron_prism.config import config_hash, read_resolved, to_toml
 from megatron_prism.differences import differences
 from megatron_prism.errors import UserError
@@ -42,11 +44,15 @@ CONFIG = "config.toml"
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_hash")
 """what provenance keeps of each earlier session, when a run that was stopped, or finished, goes on"""
+CARRIED = ("damaged_checkpoints",)
+"""what stays in the provenance of a run that goes on"""
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
 HASHED_END_BYTES = 1 << 16
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 WAY_OUT = "choose another output (output=...) or remove the folder"
-KIND_IN_WORDS = {"checkpoint": "a checkpoint", "hf": "a Hugging Face folder"}
+CHECKPOINT = "checkpoint"
+"""the kind whose every file has a checksum"""
+KIND_IN_WORDS = {CHECKPOINT: "a checkpoint", "hf": "a Hugging Face folder"}
 """of kinds that are no stage's name"""
 CHANGED = "the artifact was changed; remove the folder and run its stage again"
 
@@ -78,6 +84,7 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
     if (folder / PROVENANCE).is_file():  # finished or not: what made it so far is told
         before = _read_json(folder / PROVENANCE)
         session = {key: before[key] for key in SESSION if key in before}
+        provenance |= {key: before[key] for key in CARRIED if key in before}
         provenance["earlier_sessions"] = [*before.get("earlier_sessions", []), session]
     if is_complete(folder):
         (folder / COMPLETE).unlink()
@@ -102,6 +109,11 @@ def _check_free(folder: Path, kind: str, config: BaseModel, parents: Sequence[Pa
         raise UserError(f"{folder} is a finished {kind} of another request ({_few(changed)}); {WAY_OUT}")
 
 
+def provenance(folder: Path) -> dict[str, Any]:
+    """What a folder's provenance says, finished or not."""
+    return _read_json(folder / PROVENANCE)
+
+
 def annotate(folder: Path, **facts: Any) -> None:
     """Add facts to the provenance of an artifact that is being made."""
     assert not is_complete(folder), f"{folder} is finished"
@@ -116,12 +128,14 @@ def complete(folder: Path) -> str:
     """
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
     assert PROVENANCE in sizes and CONFIG in sizes, f"complete() without begin() in {folder}"
-    record = {
+    record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "digest": _digest_of_files(folder, sizes),
         "files": sizes,
     }
+    if _read_json(folder / PROVENANCE)["kind"] == CHECKPOINT:
+        record["checksums"] = checksums.to_record(checksums.of_unlisted(folder, list(sizes)))
     write_atomic(folder / COMPLETE, json.dumps(record, indent=1) + "\n")
     return str(record["digest"])
 
@@ -175,10 +189,31 @@ def inside(folder: Path, name: str, named_by: str, links: bool = False) -> Path:
     return folder / name
 
 
+def expected_checksums(folder: Path) -> tuple[dict[str, Checksum] | None, list[str]]:
+    """What the files of a finished artifact were when it was made, and what is wrong with the tables that say so. None: it has no checksums.
+
+    Without: all but checkpoints, and checkpoints of earlier versions.
+    """
+    record = _read_json(folder / COMPLETE)
+    for name in record["files"]:
+        inside(folder, name, COMPLETE)
+    expected, wrong = checksums.expected(folder, record, COMPLETE)
+    for name in expected or {}:
+        inside(folder, name, COMPLETE)
+    return expected, wrong
+
+
 def verify(folder: Path) -> None:
-    """`require`, and the digest computed anew: finds a changed byte in any small file and in the ends of large ones. Errors: UserError."""
+    """`require`, and the content of the files: of a checkpoint every byte; of others every byte of small files, and the ends of large ones.
+
+    Errors: UserError.
+    """
     require(folder)
     record = _read_json(folder / COMPLETE)
+    expected, wrong = expected_checksums(folder)
+    wrong += checksums.damages(folder, expected or {})
+    if wrong:
+        raise UserError(f"{_few(wrong)}: {CHANGED}")
     if _digest_of_files(folder, record["files"]) != record["digest"]:
         raise UserError(f"{folder}: the content of its files is not what {COMPLETE} recorded: {CHANGED}")
 

@@ -1,13 +1,13 @@
 """Training checkpoints: everything that a run needs to go on as if it had never stopped, in one folder per step.
 
     RUN/checkpoints/step_00000100/    an artifact of kind "checkpoint"
-      sharded/      torch_dist: weights, optimizer state, random number states; any layout can load it
+      sharded/      torch_dist: weights, optimizer state, random number states; any layout can load it; with checksums of every file
       hf/           config.json and tokenizer of the model, as at import
       state.json    step, samples and tokens consumed, in all and by source; data fingerprint and plans; layout
-      COMPLETE      written last; a folder without it is never read
+      COMPLETE      written last, with checksums of the other files; a folder without it is never read
 
-Owns: saving (all ranks), loading, and keeping the newest N; `run_folder` finds them. Refuses: newer schemas, silently changed data.
-Called on every rank; files other than `sharded/` are written by rank 0.
+Owns: what a checkpoint is, loading it, and keeping the newest N; `saving` writes, `integrity` compares checksums before a file is used, `run_folder`
+finds them. Refuses: damaged files, newer schemas, silently changed data. Called on every rank; files other than `sharded/` are written by rank 0.
 """
 
 import json
@@ -26,12 +26,16 @@ from pydantic import BaseModel
 
 from megatron_prism import artifact
 from megatron_prism.data_prep.history import Continuation, OnChange, go_on
-from megatron_prism.engine.mcore import load_sharded, save_sharded
+from megatron_prism.engine.integrity import require_whole
+from megatron_prism.engine.mcore import load_sharded, plan_sharded
 from megatron_prism.engine.model import unwrap
 from megatron_prism.engine.optimizer_state import OptimizerState
 from megatron_prism.engine.parallel import Mesh
+from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.run_folder import STATE, STATE_SCHEMA_VERSION, complete_steps, read_state, step_folder
+from megatron_prism.engine.saving import Background, carry_out, check_room, reporting, save_sharded, warn_of_little_room
 from megatron_prism.engine.step import Engine
+from megatron_prism.errors import UserError
 
 logger = logging.getLogger(__name__)
 SHARDED = "sharded"
@@ -60,31 +64,58 @@ def save(
     config: BaseModel,
     parents: Sequence[Path],
     beside: Callable[[Path], None] | None = None,
+    background: Background | None = None,
+    after: Callable[[], None] | None = None,
 ) -> Path:
-    """Write the checkpoint of the current step; complete on every rank's disk when it returns.
+    """Write the checkpoint of the current step; complete on every rank's disk when it returns, or, in the background, when that was waited for.
 
     hf: folder with the model's config.json and tokenizer, copied along. A half-written folder of the same step is replaced.
-    beside: called on every rank with the folder before it is complete, to put more there.
+    beside: called on every rank with the folder before it is complete, to put more there; never in the background.
+    after: what rank 0 does when the checkpoint is complete. Errors: UserError, the same on every rank, where any rank cannot write its part: the
+    folder is removed, others are as they were. Of a save in the background: told by `Background.wait`, which the next save begins with.
     """
     folder = step_folder(run, progress.step)
-    if dist.get_rank() == 0:
+    if background is not None:
+        background.wait()
+
+    def complete() -> None:
+        artifact.complete(folder)
+        if after is not None:
+            after()
+        warn_of_little_room(folder, needed)
+
+    try:
+        on_main(lambda: _begin(folder, engine, progress, hf, config, parents))
+        gather_weights(engine)
+        plan = plan_sharded(_full_state(engine), folder / SHARDED)
+        needed = check_room(plan)
+        if beside is not None:
+            beside(folder)
+        if background is None:
+            carry_out(plan, complete)
+        else:
+            background.start(plan, complete, lambda: remove(folder))
+    except UserError:  # every rank's
+        on_main(lambda: remove(folder))
+        raise
+    return folder
+
+
+def _begin(folder: Path, engine: Engine, progress: Progress, hf: Path, config: BaseModel, parents: Sequence[Path]) -> None:
+    """Rank 0's files, all but the mark."""
+    with reporting(folder):
         remove(folder)
-        artifact.begin(folder, "checkpoint", config, parents)
+        artifact.begin(folder, artifact.CHECKPOINT, config, parents)
         shutil.copytree(hf, folder / HF)
         (folder / SHARDED).mkdir()
         artifact.write_atomic(folder / STATE, json.dumps(_state(progress, engine), indent=2) + "\n")
-    dist.barrier()
-    gather_weights(engine)
+
+
+def _full_state(engine: Engine) -> dict[str, Any]:
+    """Everything that is sharded: weights, optimizer, random number states."""
     model = _model_state(engine, scales=_has_scales(engine))
     optimizer = {"groups": engine.optimizer.groups(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
-    save_sharded({**model, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}, folder / SHARDED)
-    if beside is not None:
-        beside(folder)
-        dist.barrier()
-    if dist.get_rank() == 0:
-        artifact.complete(folder)
-    dist.barrier()
-    return folder
+    return {**model, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}
 
 
 def gather_weights(engine: Engine) -> None:
@@ -97,16 +128,20 @@ def gather_weights(engine: Engine) -> None:
 
 
 def load_weights(engine: Engine, checkpoint: Path) -> None:
-    """Load the model alone, from any layout, and take it as the optimizer's new starting point."""
+    """Load the model alone, from any layout, and take it as the optimizer's new starting point. Errors: UserError for a damaged file."""
+    require_whole(checkpoint)
     read_weights(engine, checkpoint / SHARDED)
     engine.optimizer.take_weights()
 
 
 def write_weights(engine: Engine, folder: Path) -> None:
     """Write what the weights are at this moment, sharded, into a folder made for them."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
+
+    def make() -> None:
+        with reporting(folder):
+            folder.mkdir(parents=True)
+
+    on_main(make)
     save_sharded(_model_state(engine, scales=False), folder)
 
 
@@ -115,8 +150,13 @@ def read_weights(engine: Engine, folder: Path) -> None:
     _put_weights(engine, load_sharded(_model_state(engine, scales=False), folder))
 
 
-def load_all(engine: Engine, checkpoint: Path) -> Progress:
-    """Load model, optimizer, random number states (where the layout is the same) and progress."""
+def load_all(engine: Engine, checkpoint: Path, checked: bool = False) -> Progress:
+    """Load model, optimizer, random number states (where the layout is the same) and progress.
+
+    checked: every file was compared with its checksum already, as `integrity.choose` does. Errors: UserError for a damaged file, before any is used.
+    """
+    if not checked:
+        require_whole(checkpoint)
     saved = read_state(checkpoint)
     same_layout = saved["layout"] == _layout(engine.mesh)
     if not same_layout and dist.get_rank() == 0:

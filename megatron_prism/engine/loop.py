@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_prism import artifact
 from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.data_prep.history import consumption, describe_consumption, recorded
-from megatron_prism.engine import calendar, checkpoint, device, parallel, recipe, run_folder, tp_overlap
+from megatron_prism.engine import calendar, checkpoint, device, integrity, parallel, recipe, run_folder, tp_overlap
 from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.data import SampleReader
@@ -100,6 +100,7 @@ def build_run(cfg: TrainConfig) -> Run:
     if cfg.deterministic:
         device.make_deterministic()
     parallel.start(place)
+    newest = integrity.choose(cfg.output, cfg.stage, cfg.checkpoint.on_corrupt)
     model_config, plan = recipe.check(cfg, dist.get_world_size())
     mesh = parallel.build_mesh(plan, cfg.seed)
     parents = recipe.parents(cfg)
@@ -114,7 +115,7 @@ def build_run(cfg: TrainConfig) -> Run:
             f"data.blend has token ids up to {data.vocab_size - 1}, the model knows {model_config.vocab_size}; prepare it with the model's tokenizer"
         )
     held_out = open_reader(blend, "validation", cfg.data) if cfg.validation else None
-    progress = _starting_point(cfg, engine, data)
+    progress = _starting_point(cfg, engine, data, newest)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
     run = Run(cfg, model_config, engine, data, held_out, parents, progress, log)
     _record_plans(log, data, cfg.output, progress.samples)
@@ -154,12 +155,11 @@ def build_options(cfg: TrainConfig) -> BuildOptions:
     )
 
 
-def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader) -> Progress:
-    """Load what there is to load, and say where the run stands."""
+def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader, newest: Path | None) -> Progress:
+    """Load what there is to load, and say where the run stands. newest: the run's own checkpoint, compared with its checksums."""
     dist.barrier()
-    newest = run_folder.newest(cfg.output)
     if newest is not None:
-        progress = checkpoint.load_all(engine, newest)
+        progress = checkpoint.load_all(engine, newest, checked=True)
     elif cfg.model.checkpoint is not None and cfg.model.load == "all":
         progress = checkpoint.load_all(engine, run_folder.resolve(cfg.model.checkpoint))
     else:

@@ -1,28 +1,70 @@
 """What differs between the megatron-core versions that we run on (0.16.1, and 0.19 where noted), behind one name each."""
 
-import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
+from torch.distributed.checkpoint import FileSystemWriter, Metadata
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_prism.engine import untrusted
 
 
-def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write a torch_dist checkpoint from all ranks; returns when every byte is on disk. 0.19 writes through NVRx unless told otherwise.
+@dataclass(frozen=True)
+class ShardedPlan:
+    """What this rank is to write of a torch_dist checkpoint, as all ranks planned it together; nothing is written yet."""
 
-    megatron-core hands results over through the queue of a spawned manager process, which only an asynchronous save needs: starting it costs
-    seconds and imports the main module again. A queue of this process does for a synchronous save.
+    folder: Path
+    common: dict[str, Any]
+    """what is no tensor and the same on all ranks, for rank 0 to write"""
+    items: list[tuple[WriteItem, Any]]
+    """with its tensor, on whatever device, or its io.BytesIO"""
+    writer: FileSystemWriter
+    metadata: Metadata | None
+    """on rank 0"""
+
+    def finish(self, results: Sequence[list[WriteResult]]) -> None:
+        """Rank 0: write `.metadata`, which says where all ranks put everything."""
+        assert self.metadata is not None, "rank 0's"
+        self.writer.finish(self.metadata, list(results))
+
+
+class _Planned(FileSystemWriter):
+    """Stands where megatron-core's planning expects the writer of files, and keeps what is to be written."""
+
+    can_run_decentralized_global_plan = True
+
+    def prepare_decentralized_global_plan(self, local_plan: SavePlan) -> SavePlan:
+        return replace(local_plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        self.items = [(item, planner.resolve_data(item)) for item in plan.items]
+
+
+def plan_sharded(state: dict[str, Any], folder: Path) -> ShardedPlan:
+    """Agree with all ranks on who writes what of a sharded state dict into `folder`, which is there.
+
+    The planning is megatron-core's own; the writing is ours (`saving`), because its writers (0.16.1 to 0.19.2) are forked processes that take no
+    checksums, leave the other ranks waiting where rank 0 cannot write, and copy all of a rank's views before the first byte is written.
     """
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(folder))
+    tensors, common = save_preprocess(state)
+    by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+    writer = _Planned(str(folder))
+    planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    planned = save_state_dict_async_plan(torch_dist.mcore_to_pyt_state_dict(by_key, False), writer, None, 0, planner=planner)
+    return ShardedPlan(folder, common, writer.items, writer, planned[0][1])
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:

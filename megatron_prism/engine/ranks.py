@@ -34,6 +34,25 @@ def on_all(work: Callable[[int], Result]) -> list[Result]:
     return [_taken(answer, rank) for rank, answer in enumerate(answers)]
 
 
+def concluded(work: Callable[[], Result], conclude: Callable[[list[Result]], None], group: "torch.distributed.ProcessGroup | None" = None) -> None:
+    """`work` on every rank, then, where all are done, `conclude` with their results on rank 0. The first rank's error, or rank 0's, is everyone's.
+
+    group: whose ranks, for a thread that has a group of its own; None: all, in the order of the calling thread's collectives.
+    """
+    import torch.distributed as dist
+
+    own, rank, ranks = _tried(work), dist.get_rank(), dist.get_world_size()
+    answers: list[Any] = [own] if ranks == 1 else [None] * ranks
+    if ranks > 1:
+        dist.gather_object(own, answers if rank == 0 else None, dst=0, group=group)
+    outcome: list[Any] = [_tried(lambda: conclude([_taken(answer, place) for place, answer in enumerate(answers)])) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    error = outcome[0][1]
+    if error is not None:
+        raise error
+
+
 def any_rank(heard: bool, device: "torch.device") -> bool:
     """Whether any rank heard it: one number of each, one wait for the device."""
     import torch

@@ -102,6 +102,10 @@ class CheckpointSection(Block):
     """newest checkpoints kept; none: all"""
     keep_every: Positive | None = None
     """steps whose checkpoints are never deleted: multiples of this"""
+    async_save: bool = False
+    """write in the background: the run waits for a copy to host memory alone (one at a time; as much of it as a rank writes)"""
+    on_corrupt: Literal["refuse", "previous"] = "refuse"
+    """when the newest checkpoint is damaged. previous: go on from the newest whole one before it, and keep the damaged folder aside"""
 
 
 class ValidationSection(Block):
@@ -361,9 +365,14 @@ def trained_config(cfg: TrainConfig) -> tuple[dict[str, Any], ModelConfig]:
     return changed, model if changed == config else family.model_config(changed)
 
 
+CONFIG_JSON = "hf/config.json"
+
+
 def check_continuation(cfg: TrainConfig, config: dict[str, Any]) -> None:
     """What is taken up with its optimizer state must be the same model, of which the same weights were trained. Errors: UserError."""
     folder = run_folder.newest(cfg.output)
+    if folder is not None and run_folder.damage(folder, CONFIG_JSON) is not None:
+        return  # the start compares every file, and says so or takes another
     changed = differences(families.read_config(folder / "hf"), config) if folder is not None else []
     if changed:
         raise UserError(f"{cfg.output} trains another model: config.json {'; '.join(changed)}; restore the recipe, or choose another output")

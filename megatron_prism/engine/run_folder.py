@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_prism import artifact
+from megatron_prism import artifact, checksums
 from megatron_prism.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -59,6 +59,12 @@ def find_weights(path: Path, key: str) -> Path:
 def hf_files(folder: Path) -> Path:
     """Config and tokenizer of a folder that `find_weights` found."""
     return folder / "hf" if (folder / "sharded").is_dir() else folder
+
+
+def damage(checkpoint: Path, name: str) -> str | None:
+    """What is wrong with one small file of a complete checkpoint; None where nothing is, or nobody knows."""
+    expected, _ = artifact.expected_checksums(checkpoint)
+    return checksums.damage(checkpoint / name, expected[name]) if expected and name in expected else None
 
 
 def check_apart(output: Path, path: Path, found: Path) -> None:

@@ -4,19 +4,19 @@ Owns: `Reader` (names, shapes, and any slice of a global tensor, however it was 
 megatron.core.dist_checkpointing loads at any layout). Peak memory: about one tensor and one stored chunk.
 Layout of a folder, as megatron-core 0.16.1 writes it: `__RANK_N.distcp` files of concatenated torch.save records, `.metadata` (pickle: where each
 chunk of each global tensor lies), `common.pt`, `metadata.json` (backend names). It holds through 0.19 for model weights.
-Refuses: folders that are not such checkpoints, files shorter than their metadata says, unknown names, metadata that names code.
+What `Reader` reads is compared with its checksums first, block by block, where the folder has some (`checksums`); `write_streaming` takes them.
+Refuses: folders that are not such checkpoints, damaged blocks, files shorter than their metadata says, unknown names, metadata that names code.
 """
 
 import contextlib
 import io
 import json
-import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,12 +25,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
+from megatron_prism import checksums
 from megatron_prism.artifact import sync_folder, write_atomic
 from megatron_prism.engine.untrusted import MetadataReader
 from megatron_prism.errors import UserError
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
-BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+BACKENDS = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1})
 
 
 def is_sharded(folder: Path) -> bool:
@@ -47,6 +48,10 @@ class Reader:
         if not is_sharded(self.folder):
             raise UserError(f"{folder} is no torch_dist checkpoint: it must hold {METADATA} and {CONFIG}; a half-written one lacks them")
         _check_backend(self.folder)
+        self._sums = checksums.read_table(self.folder)
+        """None: nobody took any"""
+        self._confirmed: set[tuple[str, int]] = set()
+        self._confirm(METADATA, 0, (self.folder / METADATA).stat().st_size)
         self._storage = MetadataReader(self.folder)
         try:
             self._metadata: Metadata = self._storage.read_metadata()
@@ -96,6 +101,9 @@ class Reader:
         covered = sum(item.lengths.numel() for item in items)
         if covered != target.numel():
             raise UserError(f"{self.folder}: the chunks of {key} cover {covered} of {target.numel()} elements asked for; the checkpoint is damaged")
+        for item in items:
+            info = self._metadata.storage_data[item.storage_index]
+            self._confirm(info.relative_path, info.offset, info.length)
         self._storage.read_data(LoadPlan(items), _Into(target))
         return target[tuple(0 if isinstance(part, int) else slice(None) for part in index)]
 
@@ -103,6 +111,17 @@ class Reader:
         if key not in self._tensors:
             raise UserError(f"{self.folder} holds no tensor {key!r}")
         return self._tensors[key]
+
+    def _confirm(self, name: str, offset: int, length: int) -> None:
+        """Compare the blocks of a file that a record lies in with their checksums, each once. Errors: DamagedError."""
+        if self._sums is None or name not in self._sums:
+            return
+        blocks = range(offset // checksums.BLOCK_BYTES, -(-(offset + length) // checksums.BLOCK_BYTES))
+        new = [block for block in blocks if (name, block) not in self._confirmed]
+        text = checksums.damage(self.folder / name, self._sums[name], new) if new else None
+        if text is not None:
+            raise checksums.DamagedError(f"{text}: the checkpoint is damaged; use another, or make it again")
+        self._confirmed |= {(name, block) for block in new}
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -225,17 +244,17 @@ class _Writer:
     tp: int
     metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata] = field(default_factory=dict)
     places: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
-    files: dict[str, IO[bytes]] = field(default_factory=dict)
+    files: dict[str, checksums.Summing] = field(default_factory=dict)
 
     def __enter__(self) -> "_Writer":
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in [self.folder / METADATA, self.folder / CONFIG, *self.folder.glob("*.distcp")]:
+        for old in [self.folder / METADATA, self.folder / CONFIG, self.folder / checksums.TABLE, *self.folder.glob("*.distcp")]:
             old.unlink(missing_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self.files.values():
-            file.close()
+            file.file.close()
 
     def add(self, piece: Piece) -> None:
         first = piece.sections[0]
@@ -255,7 +274,7 @@ class _Writer:
                 offsets[len(lead)] += row
                 where = torch.Size(offsets)
                 entry.chunks.append(ChunkStorageMetadata(where, torch.Size([*lead, *chunk.shape])))
-                self._save(_alone(chunk).reshape(*lead, *chunk.shape), MetadataIndex(piece.key, where), piece.stage * self.tp + rank)
+                self._save(alone(chunk).reshape(*lead, *chunk.shape), MetadataIndex(piece.key, where), piece.stage * self.tp + rank)
             row += section.shape[0]
 
     def add_object(self, piece: EmptyObject) -> None:
@@ -267,22 +286,24 @@ class _Writer:
     def finish(self) -> int:
         total = 0
         for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
             total += file.tell()
         write_atomic(self.folder / COMMON, _record({}))
         write_atomic(self.folder / METADATA, pickle.dumps(Metadata(cast(Any, self.metadata), storage_data=self.places)))
-        write_atomic(self.folder / CONFIG, json.dumps(BACKENDS))
+        sums = {name: file.checksum() for name, file in self.files.items()}
+        sums |= {name: checksums.of_file(self.folder / name) for name in (COMMON, METADATA)} | {CONFIG: checksums.of_bytes(BACKENDS.encode())}
+        write_atomic(self.folder / checksums.TABLE, checksums.to_text(sums))
+        write_atomic(self.folder / CONFIG, BACKENDS)
         sync_folder(self.folder)
         return total
 
     def _save(self, value: Any, index: MetadataIndex, rank: int) -> None:
         name = f"__{rank}_0.distcp"
         if name not in self.files:
-            self.files[name] = (self.folder / name).open("wb")
+            self.files[name] = checksums.Summing((self.folder / name).open("wb"))
         file = self.files[name]
         start = file.tell()
-        with _without_checksums():
+        with without_crc():
             torch.save(value, file)
         self.places[index] = _StorageInfo(name, start, file.tell() - start)
 
@@ -297,7 +318,7 @@ def _cut(section: Tensor, axis: int | None, parts: int) -> Iterator[tuple[int, l
         yield rank, [rank * length if dimension == axis else 0 for dimension in range(section.dim())], chunk
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def alone(tensor: Tensor) -> Tensor:
     """The same values with a storage of just their size (torch.save writes whole storages); no copy where they are contiguous."""
     tensor = tensor.contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -306,7 +327,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_checksums() -> Iterator[None]:
+def without_crc() -> Iterator[None]:
     """torch.load never compares the zip records' CRC, and computing it takes longer than writing."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

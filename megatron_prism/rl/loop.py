@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_prism import artifact
-from megatron_prism.engine import calendar, checkpoint, device, parallel, run_folder
+from megatron_prism.engine import calendar, checkpoint, device, integrity, parallel, run_folder
 from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.loop import build_engine, carry_model_files
@@ -101,6 +101,7 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
     if cfg.deterministic:
         device.make_deterministic()
     parallel.start(place, GROUP_TIMEOUT_MINUTES)
+    integrity.choose(cfg.output, cfg.stage, cfg.checkpoint.on_corrupt)
     model_config, plan = recipe.check(cfg, dist.get_world_size())
     mesh = parallel.build_mesh(plan, cfg.seed)
     parents = recipe.parents(cfg)
@@ -145,7 +146,7 @@ def _starting_point(cfg: RLConfig, engine: Engine, prompts: PromptSet) -> tuple[
         assert cfg.model.checkpoint is not None
         checkpoint.load_weights(engine, run_folder.resolve(cfg.model.checkpoint))
         return Progress(data={"prompts": prompts.digest}), _reference(cfg, engine)
-    progress, reference = checkpoint.load_all(engine, newest), _reference(cfg, engine)
+    progress, reference = checkpoint.load_all(engine, newest, checked=True), _reference(cfg, engine)
     if progress.data["prompts"] != prompts.digest:
         raise UserError(f"the prompts, or their order, are others than those of {newest}; restore [prompts], or choose another output")
     if reference is not None:

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prism.engine import device, mamba, mcore, parallel
+from megatron_prism.engine import device, mamba, mcore, parallel, saving
 from megatron_prism.engine.attention import RMSNorm
 from megatron_prism.engine.optimizer_state import sharded_slices
 from megatron_prism.families.model_config import MambaConfig
@@ -93,7 +93,7 @@ def save(module: torch.nn.Module, place: parallel.Mesh, folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    mcore.save_sharded(checkpoint(module, place), folder)
+    saving.save_sharded(checkpoint(module, place), folder)
 
 
 def draw(seed: int) -> torch.Tensor:

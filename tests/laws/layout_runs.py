@@ -37,9 +37,9 @@ def mean_of_means(batch: MicroBatch, num_sources: int) -> loss.LossParts:
     return reduce
 
 
-def load_with_one_step_tensor(engine: step.Engine, folder: Path) -> checkpoint.Progress:
+def load_with_one_step_tensor(engine: step.Engine, folder: Path, **options: Any) -> checkpoint.Progress:
     """As megatron-core would leave torch's Adam after a load: all weights count their steps in one tensor."""
-    progress = LOAD_ALL(engine, folder)
+    progress = LOAD_ALL(engine, folder, **options)
     for group in engine.optimizer.param_groups:
         group["step"] *= len(group["params"])
     return progress

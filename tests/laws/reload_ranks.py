@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_prism import families
 from megatron_prism.config import ParallelConfig
-from megatron_prism.engine import device, mcore, parallel
+from megatron_prism.engine import device, mcore, parallel, saving
 from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.engine.sharded import Reader
 from megatron_prism.planning.layout import make_plan
@@ -36,7 +36,7 @@ def reload(checkpoint: Path, output: Path, layout: str, place: torch.device) -> 
     if dist.get_rank() == 0:
         output.mkdir(parents=True)
     dist.barrier()
-    mcore.save_sharded({f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, output)
+    saving.save_sharded({f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, output)
 
 
 def main() -> None:

@@ -1,0 +1,213 @@
+"""Checksums of files: taken while they are written or by reading them again, kept in a table beside them, compared before the files are used.
+
+    SHARDED/checksums.json    {"schema_version": 1, "algorithm": "xxh3_128", "block_bytes": 16777216, "files": {NAME: {"bytes": N, "blocks": [...]}}}
+
+Each block of 16 MiB has its own, so that who reads a part of a file compares just the blocks that the part lies in, and several ranks can share a
+large file. xxh3 finds damage, not tampering: whoever can change a file can change the table. No torch here; called on any rank.
+Refuses: a table that cannot be read, or is of a newer schema.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from megatron_prism.errors import UserError
+
+TABLE = "checksums.json"
+SCHEMA_VERSION = 1
+ALGORITHM = "xxh3_128"
+BLOCK_BYTES = 1 << 24
+THREADS = 4
+"""that read and hash at a time: one reads while another's data is on its way; xxh3 lets go of the interpreter"""
+
+
+class DamagedError(UserError):
+    """A file is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """Size of a file, and the xxh3_128 of each of its blocks."""
+
+    bytes: int
+    blocks: list[str]
+
+
+class Summing:
+    """A binary file that is written from beginning to end, and its checksum as it goes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.written = file, 0
+        self.error: OSError | None = None
+        """of the first write that failed; what calls us may say less of it"""
+        self._blocks: list[str] = []
+        self._hasher, self._room = xxhash.xxh3_128(), BLOCK_BYTES
+
+    def write(self, data: Any) -> int:
+        """All of it. What was summed is what was asked to be written: a disk that stores something else is found when it is read."""
+        view = memoryview(data).cast("B")
+        try:
+            done = 0
+            while done < len(view):  # an unbuffered file may take a part
+                done += self.file.write(view[done:])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.written += len(view)
+        start = 0
+        while start < len(view):
+            part = view[start : start + self._room]
+            self._hasher.update(part)
+            start, self._room = start + len(part), self._room - len(part)
+            if not self._room:
+                self._blocks.append(self._hasher.hexdigest())
+                self._hasher, self._room = xxhash.xxh3_128(), BLOCK_BYTES
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.written
+
+    def flush(self) -> None:
+        """For those that write through this."""
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Have the file on disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def checksum(self) -> Checksum:
+        """Of all that was written."""
+        last = [self._hasher.hexdigest()] if self._room < BLOCK_BYTES else []
+        return Checksum(self.written, [*self._blocks, *last])
+
+
+def of_file(path: Path, sync: bool = False) -> Checksum:
+    """A file's checksum, read from disk. sync: and have it on disk."""
+    with path.open("rb") as file:
+        blocks = [xxhash.xxh3_128_hexdigest(block) for block in iter(lambda: file.read(BLOCK_BYTES), b"")]
+        if sync:
+            os.fsync(file.fileno())
+        return Checksum(file.tell(), blocks)
+
+
+def of_bytes(data: bytes) -> Checksum:
+    """The checksum of a file of this content."""
+    blocks = [xxhash.xxh3_128_hexdigest(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)]
+    return Checksum(len(data), blocks)
+
+
+def damage(path: Path, expected: Checksum, blocks: Iterable[int] | None = None) -> str | None:
+    """What is wrong with a file: expected and found; None where nothing is. blocks: those to look at; None: all."""
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            return f"{path} is missing; {expected.bytes} bytes were written"
+        if size != expected.bytes:
+            return f"{path} has {size} bytes; {expected.bytes} were written"
+        with path.open("rb", buffering=0) as file:
+            for index in range(len(expected.blocks)) if blocks is None else blocks:
+                found = _block(file, index, expected.bytes)
+                if found != expected.blocks[index]:
+                    place = f"bytes {index * BLOCK_BYTES} to {min((index + 1) * BLOCK_BYTES, size) - 1}"
+                    return f"{path} is not what was written: {place} have checksum {found}; expected {expected.blocks[index]} ({ALGORITHM})"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error}); {expected.bytes} bytes were written"
+    return None
+
+
+def _block(file: Any, index: int, size: int) -> str:
+    length = min(BLOCK_BYTES, size - index * BLOCK_BYTES)
+    buffer, done = memoryview(bytearray(length)), 0
+    file.seek(index * BLOCK_BYTES)
+    while done < length:
+        count = file.readinto(buffer[done:])
+        if not count:
+            break
+        done += count
+    return xxhash.xxh3_128_hexdigest(buffer[:done])
+
+
+def damages(folder: Path, expected: dict[str, Checksum]) -> list[str]:
+    """What is wrong with these files of a folder, one text a file, by a few threads."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [text for text in pool.map(lambda name: damage(folder / name, expected[name]), sorted(expected)) if text is not None]
+
+
+def to_text(files: dict[str, Checksum]) -> str:
+    """The table of a folder's files, to be written as its TABLE."""
+    return json.dumps(to_record(files), indent=1) + "\n"
+
+
+def to_record(files: dict[str, Checksum]) -> dict[str, Any]:
+    """As a table says it."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "algorithm": ALGORITHM,
+        "block_bytes": BLOCK_BYTES,
+        "files": {name: asdict(found) for name, found in sorted(files.items())},
+    }
+
+
+def from_record(record: Any, where: Path) -> dict[str, Checksum]:
+    """The files of a table. Errors: UserError where it is none, or a newer one."""
+    try:
+        if record["schema_version"] > SCHEMA_VERSION:
+            raise UserError(f"{where} has schema {record['schema_version']}, this version reads up to {SCHEMA_VERSION}; upgrade megatron-prism")
+        if (record["algorithm"], record["block_bytes"]) != (ALGORITHM, BLOCK_BYTES):
+            raise UserError(f"{where}: checksums are {ALGORITHM} of {BLOCK_BYTES} bytes, this says {record['algorithm']}, {record['block_bytes']}")
+        found = {name: Checksum(entry["bytes"], list(entry["blocks"])) for name, entry in record["files"].items()}
+        if any(len(entry.blocks) != -(-entry.bytes // BLOCK_BYTES) for entry in found.values()):
+            raise UserError(f"{where} is damaged: a file's checksums are not as many as its blocks of {BLOCK_BYTES} bytes")
+        return found
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is no table of checksums ({type(error).__name__}: {error}): it is damaged") from None
+
+
+def read_table(folder: Path) -> dict[str, Checksum] | None:
+    """The checksums of a folder's files; None where it has no table. Errors: UserError for one that cannot be read."""
+    path = folder / TABLE
+    try:
+        return from_record(json.loads(path.read_text(encoding="utf-8")), path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read ({error}): it is damaged") from None
+
+
+# --- of an artifact: tables beside its files, and one in its mark for all others -----------------------------------------------------------------
+
+
+def of_unlisted(folder: Path, names: list[str]) -> dict[str, Checksum]:
+    """Checksums of the files that no table beside them has, and they on disk."""
+    listed = {str(place / name) for place in _places(names) for name in read_table(folder / place) or {}}
+    return {name: of_file(folder / name, sync=True) for name in names if name not in listed}
+
+
+def expected(folder: Path, record: dict[str, Any], mark: str) -> tuple[dict[str, Checksum] | None, list[str]]:
+    """What all files of a folder were, by its mark's record and the tables; and what is wrong with these. None: there are no checksums."""
+    places = _places(record["files"])
+    if "checksums" not in record:
+        return None, [f"{folder / mark} is damaged: it names no checksums, but {places[0] / TABLE}"] if places else []
+    found, wrong = from_record(record["checksums"], folder / mark), []
+    for place in places:
+        table = str(place / TABLE)
+        text = damage(folder / table, found[table]) if table in found else f"{folder / mark} is damaged: it lacks {table}"
+        if text is not None:
+            wrong.append(text)
+            continue
+        found |= {str(place / name): checksum for name, checksum in (read_table(folder / place) or {}).items()}
+    return found, wrong
+
+
+def _places(names: Iterable[str]) -> list[Path]:
+    return [Path(name).parent for name in names if Path(name).name == TABLE]

@@ -1,0 +1,147 @@
+"""Checksums of checkpoints: taken as files are written, compared by whoever reads them, and absent from what earlier versions wrote."""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_prism import artifact, checksums
+from megatron_prism.checksums import BLOCK_BYTES, Checksum, DamagedError, Summing
+from megatron_prism.config import Block
+from megatron_prism.engine import device, integrity, parallel, run_folder
+from megatron_prism.engine.sharded import Piece, Reader, write_streaming
+from megatron_prism.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("leave_groups")
+
+
+class Nothing(Block):
+    """A config of next to nothing."""
+
+    key: int = 1
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2 * BLOCK_BYTES])
+def test_a_checksum_taken_while_writing_is_that_of_the_file_however_it_was_cut(tmp_path, size):
+    content = os.urandom(size)
+    buffer = io.BytesIO()
+    file, start = Summing(buffer), 0
+    for length in (1, 7, BLOCK_BYTES - 8, BLOCK_BYTES, 10**9):
+        file.write(content[start : start + length])
+        start += length
+    (tmp_path / "file").write_bytes(content)
+    assert buffer.getvalue() == content
+    assert file.checksum() == checksums.of_file(tmp_path / "file") == checksums.of_bytes(content)
+    assert checksums.damage(tmp_path / "file", file.checksum()) is None
+
+
+def test_one_bit_in_any_block_is_found_with_its_place(tmp_path):
+    path, content = tmp_path / "file", bytearray(2 * BLOCK_BYTES + 5)
+    expected = checksums.of_bytes(bytes(content))
+    for place, words in ((0, f"bytes 0 to {BLOCK_BYTES - 1} "), (len(content) - 1, f"bytes {2 * BLOCK_BYTES} to {2 * BLOCK_BYTES + 4} ")):
+        content[place] ^= 128
+        path.write_bytes(content)
+        assert words in (checksums.damage(path, expected) or "")
+        assert checksums.damage(path, expected, [1]) is None  # that block is whole
+        content[place] ^= 128
+
+
+def write_checkpoint(folder: Path, **tensors: torch.Tensor) -> Path:
+    """A complete checkpoint of a few tensors."""
+    artifact.begin(folder, "checkpoint", Nothing())
+    write_streaming(folder / "sharded", [Piece(name, [value]) for name, value in tensors.items()], 1)
+    (folder / "hf").mkdir()
+    (folder / "hf" / "tokenizer.json").write_text("x" * 3_000_000)
+    artifact.complete(folder)
+    return folder
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def start_alone() -> None:
+    device.setup("cpu")
+    parallel.start(device.CPU)
+    assert dist.get_world_size() == 1
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum_and_a_flipped_bit_in_each_is_found(tmp_path):
+    start_alone()
+    folder = write_checkpoint(tmp_path / "made", table=torch.arange(5000.0))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {artifact.COMPLETE}
+    expected, wrong = artifact.expected_checksums(folder)
+    assert expected is not None and set(expected) == names and wrong == [] and integrity.damages(folder) == []
+    for name in sorted(names):
+        copy = tmp_path / name.replace("/", "_")
+        shutil.copytree(folder, copy)
+        flip(copy / name, (copy / name).stat().st_size // 2)
+        assert any(str(copy / name) in text for text in integrity.damages(copy)), name
+        with pytest.raises(UserError, match=r"is not what was written|cannot be read"):
+            artifact.verify(copy)
+
+
+def test_a_complete_mark_that_lost_its_checksums_is_damage_not_an_old_checkpoint(tmp_path):
+    start_alone()
+    folder = write_checkpoint(tmp_path / "made", table=torch.ones(3))
+    record = json.loads((folder / artifact.COMPLETE).read_text())
+    record["checksuns"] = record.pop("checksums")
+    (folder / artifact.COMPLETE).write_text(json.dumps(record))
+    assert ["COMPLETE is damaged" in text for text in integrity.damages(folder)] == [True]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_have_no_checksums(tmp_path, caplog):
+    start_alone()
+    folder = write_checkpoint(tmp_path / "made", table=torch.ones(3))
+    (folder / "sharded" / checksums.TABLE).unlink()
+    record = json.loads((folder / artifact.COMPLETE).read_text())
+    del record["checksums"], record["files"][f"sharded/{checksums.TABLE}"]
+    (folder / artifact.COMPLETE).write_text(json.dumps(record))
+    integrity.require_whole(folder)
+    assert [entry.message for entry in caplog.records if "has no checksums" in entry.message] != []
+    assert torch.equal(Reader(folder / "sharded").read("table"), torch.ones(3))
+    (folder / "hf" / "tokenizer.json").write_text("short")
+    with pytest.raises(DamagedError, match=r"tokenizer\.json has 5 bytes"):
+        integrity.require_whole(folder)
+
+
+def test_a_reader_compares_what_it_reads_and_nothing_else(tmp_path):
+    large, small = torch.zeros(BLOCK_BYTES // 2), torch.arange(9.0)
+    write_streaming(tmp_path, [Piece("large", [large]), Piece("small", [small])], 1)
+    flip(tmp_path / "__0_0.distcp", BLOCK_BYTES // 2)  # inside the first block, which only `large` lies in
+    reader = Reader(tmp_path)
+    assert torch.equal(reader.read("small"), small)
+    with pytest.raises(DamagedError, match=r"__0_0\.distcp is not what was written: bytes 0 to 16777215 have checksum \w{32}; expected \w{32}"):
+        reader.read("large", slice(0, 1))
+
+
+def test_the_ranks_shares_are_all_blocks_once_and_near_equal():
+    files = {"sharded/__0_0.distcp": Checksum(100 * BLOCK_BYTES, ["x"] * 100), "sharded/__1_0.distcp": Checksum(3 * BLOCK_BYTES, ["x"] * 3)}
+    files |= {"state.json": Checksum(5, ["x"]), "hf/empty": Checksum(0, [])}
+    for ranks in (1, 2, 3, 7):
+        shares = integrity._shares(files, ranks)
+        taken = sorted((name, block) for share in shares for name, blocks in share for block in blocks)
+        assert taken == sorted((name, block) for name, found in files.items() for block in range(len(found.blocks)))
+        assert {name for share in shares for name, _ in share} == set(files)  # an empty file too
+        assert max(sum(len(blocks) for _, blocks in share) for share in shares) <= -(-104 // ranks) + integrity.BLOCKS
+
+
+def test_the_newest_whole_checkpoint_before_a_damaged_one_is_offered_and_none_is_said_too(tmp_path):
+    start_alone()
+    one, two, three = (write_checkpoint(run_folder.step_folder(tmp_path, step), table=torch.ones(9)) for step in (1, 2, 3))
+    flip(three / "sharded/__0_0.distcp", 9)
+    with pytest.raises(DamagedError, match=rf"__0_0\.distcp is not what .*{two} is whole: start from it"):
+        integrity.require_whole(three)
+    flip(two / "hf/tokenizer.json", 1_500_000)
+    with pytest.raises(DamagedError, match=f"{one} is whole"):
+        integrity.require_whole(three)
+    (one / "sharded/common.pt").unlink()
+    with pytest.raises(DamagedError, match="there is no whole checkpoint before it"):
+        integrity.require_whole(three)
