@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_prism.status import life
 from megatron_prism.status.outputs import read_json
+from megatron_prism.status.run import time_of
 from megatron_prism.status.said import Status
 
 RECORD = "pipeline.json"
@@ -56,12 +57,18 @@ def _stage(output: Path, stage: dict[str, Any], runner: bool | None, read: Read,
     else:
         found = read(output, now)
     found.name = str(stage.get("name", found.name))
-    if said == "failed" and found.state not in ("finished", "running"):
-        found.state, found.why = "failed", _failure(stage, output)
+    if said in ("failed", "stopped") and found.state != "finished" and not _begun_since(found, stage):
+        found.state, found.why = said, _failure(stage, output)
     elif said == "running" and found.state in ("dead", "running", "starting") and runner is not None:
         found.state = "dead" if not runner else found.state if found.state != "dead" else "running"
         found.why = found.why if runner else "the prism run that ran it is gone: start it again to go on"
     return found
+
+
+def _begun_since(found: Status, stage: dict[str, Any]) -> bool:
+    """Whether somebody started the stage again, alone, after the chain had ended at it."""
+    began, ended = time_of(found.where.get("began")), stage.get("time")
+    return began is not None and isinstance(ended, int | float) and began > ended
 
 
 def _failure(stage: dict[str, Any], output: Path) -> str:

@@ -36,7 +36,7 @@ def status(folder: Path, provenance: dict[str, Any], config: dict[str, Any], now
     steps = log.steps_of(found.lines)
     one = Status(folder.name, folder, str(provenance.get("kind")), "running", unit="steps")
     one.done, one.total = (int(found.lines[-1]["step"]) if found.lines else 0), _integer(config.get("steps"))
-    session = _session(found.lines, _time_of(provenance.get("started_at")))
+    session = _session(found.lines, time_of(provenance.get("started_at")))
     interval = _integer(table(config, "log").get("interval")) or 1
     one.facts = _figures(steps, found.lines) | _curve(steps, "reward" if one.kind == "rl" else "loss")
     one.facts["checkpoint"] = _checkpoint(folder, found.lines, now)
@@ -222,7 +222,8 @@ def _last(lines: list[Line]) -> Line | None:
     return lines[-1] if lines else None
 
 
-def _time_of(text: Any) -> float | None:
+def time_of(text: Any) -> float | None:
+    """A time of a provenance, in seconds; None for what is none."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except (TypeError, ValueError):
@@ -231,11 +232,11 @@ def _time_of(text: Any) -> float | None:
 
 def _first_began(provenance: dict[str, Any]) -> float | None:
     earlier = provenance.get("earlier_sessions") or [provenance]
-    return _time_of(earlier[0].get("started_at"))
+    return time_of(earlier[0].get("started_at"))
 
 
 def _finished_at(folder: Path) -> float | None:
-    return _time_of(_json(folder / artifact.COMPLETE).get("finished_at"))
+    return time_of(_json(folder / artifact.COMPLETE).get("finished_at"))
 
 
 def _json(path: Path) -> dict[str, Any]:
