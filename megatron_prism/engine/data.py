@@ -153,9 +153,16 @@ class SampleReader:
         self._waited_seconds = 0.0
 
     def follow(self, records: list[dict[str, Any]]) -> None:
-        """Serve the samples of a run's recorded plans (`data_prep.history`), of which the last is this blend's; before the first step."""
+        """Serve the samples of a run's recorded plans (`data_prep.history`), of which the last is this blend's, from the next step on."""
+        self.close()  # what is read ahead may be of other plans
         self.sampler.follow(from_records(records))
         self.fingerprint["history"] = records
+
+    def documents(self, index: int) -> tuple[str, list[int]]:
+        """The source of a sample, and its documents there."""
+        with self._sampling:
+            sample = self.sampler.sample(index)
+        return self.names[sample.source], list(dict.fromkeys(span.document for span in sample.spans))
 
     def tokens(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
         """The seq_len + 1 tokens of a sample, int64, and its place in the blend."""

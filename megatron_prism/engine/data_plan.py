@@ -7,7 +7,7 @@ from megatron_prism.data_prep.blend import Blend, load_blend
 from megatron_prism.data_prep.history import go_on, recorded
 from megatron_prism.data_prep.manifest import Manifest
 from megatron_prism.data_prep.packed_sampler import PackedSource
-from megatron_prism.engine import run_folder
+from megatron_prism.engine import bad_steps, run_folder
 from megatron_prism.engine.recipe import TrainConfig
 
 
@@ -66,5 +66,6 @@ def _plans(cfg: TrainConfig, blend: Blend, manifests: list[Manifest]) -> tuple[l
     if checkpoint is None:
         return recorded(now), 0, 0
     progress = run_folder.read_state(checkpoint)["progress"]
+    progress["data"] = bad_steps.amended(cfg.output, progress["step"], progress["data"])
     records = go_on(progress["data"], {**progress["data"], **now}, progress["samples"], cfg.data.on_change).records
     return records, progress["step"], progress["samples"]

@@ -82,6 +82,14 @@ class MetricsLog:
         if self.enabled:
             self.console.print(text, highlight=False, soft_wrap=True)
 
+    def take_back(self, step: int) -> None:
+        """Drop the lines beyond a step that the run goes back to: the file tells one history. Other writers keep what they were told."""
+        if not self.enabled:
+            return
+        self.file.close()
+        _drop_lines_after(self.path, step)
+        self.file, self.last_step = self.path.open("a", encoding="utf-8"), step
+
     def close(self) -> None:
         """Flush and close everything. An error that is on its way out when a `finally` calls this is the last line of the file."""
         if not self.enabled:

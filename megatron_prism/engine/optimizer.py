@@ -64,15 +64,14 @@ class Optimizer:
         and all is as before, where any rank's loss or the norm is NaN or infinite. Both stay on the device, where the update's own kernel looks;
         who reads them calls `uncount` after an update that was not made.
         """
-        norm, unusable = self._measured(losses)
-        usable = norm.isfinite() & (unusable == 0)
+        norm, usable = self.measured(losses)
         self.apply(torch.where(usable, norm, torch.nan))
         return norm, usable
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Of the gradients divided by the tokens, before clipping, fp32 [], on every rank. Comes after a forward and backward pass."""
-        return self._measured(None)[0]
+        return self.measured(None)[0]
 
     @torch.no_grad()
     def apply(self, norm: Tensor) -> None:
@@ -105,8 +104,8 @@ class Optimizer:
         self.num_tokens = num_tokens
 
     @torch.no_grad()
-    def _measured(self, losses: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm, and how many losses are no numbers: over all ranks, in one exchange; weights that several hold counted once."""
+    def measured(self, losses: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`gradient_norm`, and whether it and all ranks' losses are numbers, bool []: in one exchange; weights that several hold counted once."""
         assert self.num_tokens is not None
         for part in self.chained_optimizers:
             part.prepare_grads()
@@ -118,7 +117,8 @@ class Optimizer:
         if losses is not None:
             seen[1] = (~losses.isfinite()).sum()
         dist.all_reduce(seen, group=self.chained_optimizers[0].get_grad_stats_parallel_group())
-        return seen[0].sqrt() * self._mean(), seen[1]
+        norm = seen[0].sqrt() * self._mean()
+        return norm, norm.isfinite() & (seen[1] == 0)
 
     def take_weights(self) -> None:
         """Start anew from the model's weights as they are now: fresh moments, step 0."""

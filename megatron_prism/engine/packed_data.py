@@ -57,6 +57,12 @@ class PackedReader(SampleReader):
         for record, source in zip(self.fingerprint["sources"], self.packed.sources, strict=True):
             record["buffers"] = source.buffers_in_epoch if source.is_soon_counted else None
 
+    def documents(self, index: int) -> tuple[str, list[int]]:
+        """The source of a buffer, and its documents there."""
+        with self._sampling:
+            source, spans = self.packed.sample(index)
+        return self.names[source], list(dict.fromkeys(span.document for span in spans))
+
     def tokens(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
         """The seq_len + 1 tokens of a buffer and its last label, int64, and its place in the blend."""
         batch = self.micro_batch(range(index, index + 1))

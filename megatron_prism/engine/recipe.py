@@ -20,6 +20,7 @@ from megatron_prism.config import (
 from megatron_prism.data_prep.packing import OverLength, PackingOptions
 from megatron_prism.differences import differences
 from megatron_prism.engine import run_folder
+from megatron_prism.engine.bad_steps import BadStepsSection
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.errors import UserError
@@ -213,6 +214,7 @@ class TrainConfig(Block):
     validation: ValidationSection | None = None
     export: ExportSection | None = None
     evaluation: EvaluationSection | None = None
+    bad_steps: BadStepsSection = BadStepsSection()
     log: LogConfig = Field(default_factory=LogConfig)
 
     def extension(self, model: ModelConfig) -> Extension:
@@ -293,6 +295,9 @@ class TrainConfig(Block):
     @model_validator(mode="after")
     def _checkpoints_are_there(self) -> "TrainConfig":
         save = self.checkpoint.save_interval
+        self.bad_steps.check_checkpoints(save, self.checkpoint.keep_last)
+        if self.bad_steps.on_nan == "skip" and self.fp8 is not None and self.fp8.recipe == "delayed":
+            raise ValueError("bad_steps.on_nan=skip with fp8.recipe=delayed: scales remember the step that was left out; use tensorwise or blockwise")
         for name, section, why in (
             ("export", self.export, "exports are made from checkpoints"),
             ("evaluation", self.evaluation, "checkpoints answer"),

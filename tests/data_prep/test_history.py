@@ -145,7 +145,7 @@ def test_a_window_is_counted_in_the_samples_that_are_served_and_takes_in_those_w
 def test_another_plan_waits_until_the_windows_are_passed_and_counts_them():
     then = data(FIRST)
     then["history"] = without_window(recorded(then), 20, 6)
-    with pytest.raises(UserError, match="leaves out samples that lie 10 samples ahead .* until the run has passed them"):
+    with pytest.raises(UserError, match=r"leaves out samples that lie 10 samples ahead .* until the run has passed them"):
         go_on(then, data({"code": FIRST["code"]}), 10, "replan")
     records = go_on(then, data({"code": FIRST["code"]}), 20, "replan").records
     before = History([Segment(0, {"code": 3.0, "math": 1.0})])
