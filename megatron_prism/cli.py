@@ -254,17 +254,27 @@ def launch_nemo(
 
 @app.command()
 def plan(
-    target: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="training recipe, published name, or folder with a config.json")],
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|PIPELINE|MODEL", help="training recipe, pipeline.toml, published name, or folder with a config.json")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="of a recipe: take the shape of this model (its checkpoint need not exist yet)")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to lay the model out on")] = None,
     memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU: say what fits")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="tokens per sequence; default: the recipe's, or 8192")] = None,
+    gpu: Annotated[str | None, typer.Option(help="h200, h100; default: h100 with less than 100 GiB, else h200; others need --tflops")] = None,
+    tflops: Annotated[float | None, typer.Option(min=1, help="bf16 rate of this GPU's matrix products, as `prism bench` measures it")] = None,
+    network_gbps: Annotated[float, typer.Option(min=1, help="gigabits a second of each GPU between nodes")] = 400.0,
+    price: Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, help="say what the run costs")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="tokens of the run, such as 27e9; default: the recipe's")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every layout, and why it is not taken")] = False,
 ) -> None:
-    """What a model or a recipe costs: parameters, FLOPs, bytes per GPU, layouts that fit."""
+    """What a model, a recipe or a pipeline costs: bytes, time and money; which layouts fit, and why not the others."""
     from megatron_prism.stages import plan as planner
 
-    planner.run(target, overrides or [], model, gpus, memory, seq_len)
+    count = None if tokens is None else int(tokens)
+    options = planner.Options(model, gpus, memory, seq_len, gpu, tflops, network_gbps, price, count, everything)
+    planner.run(target, overrides or [], options)
 
 
 @app.command()

@@ -48,6 +48,11 @@ def memory(model: ModelConfig, plan: ParallelPlan, seq_len: int, training: Train
     return max((_stage_memory(model, plan, stage, seq_len, training) for stage in range(plan.pp)), key=lambda need: need.total)
 
 
+def loss_bytes(plan: ParallelPlan, model: ModelConfig, seq_len: int, training: Training) -> int:
+    """What the loss takes on the last stage while it runs: a chunk of logits, gradients of the hidden states and of the head. Among `activations`."""
+    return _loss(model, plan, seq_len * plan.micro_batch // plan.cp, training)
+
+
 def _stage_memory(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: int, training: Training) -> MemoryPlan:
     layers = plan.stage_layers(model.num_layers)[stage]
     symbols = [symbol for layer in layers for symbol in model.layer_symbols[layer]]
