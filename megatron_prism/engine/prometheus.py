@@ -27,6 +27,8 @@ REQUEST_SECONDS = 5.0
 GAUGES = {
     "step": ("step", "optimizer steps taken"),
     "loss": ("loss", "training loss of the last logged step"),
+    "tokens": ("tokens", "tokens trained on; a run that goes back to a checkpoint has fewer again, so this is no counter"),
+    "responses": ("responses", "responses written; no counter either"),
     "lr": ("learning_rate", "learning rate of the last logged step"),
     "grad_norm": ("grad_norm", "gradient norm before clipping"),
     "tokens_per_second": ("tokens_per_second", "training tokens a second over all ranks"),
@@ -52,6 +54,12 @@ GAUGES = {
     "trained_tokens_per_second": ("trained_tokens_per_second", "tokens a second trained on"),
 }
 """key of metrics.jsonl -> name after prism_, meaning"""
+COUNTED = {
+    "checkpoint_seconds": ("checkpoints", "checkpoints saved by this process"),
+    "bad_step": ("bad_steps", "steps of this process whose loss or gradient was no number"),
+    "rollback": ("rollbacks", "times that this process went back to a checkpoint after a jump of the loss"),
+}
+"""key of metrics.jsonl -> name after prism_ and before _total, meaning; the number of lines that have it"""
 LABELLED = {
     "loss/": ("source_loss", "source", "training loss of one source"),
     "validation/loss/": ("validation_source_loss", "source", "loss on held-out samples of one source"),
@@ -69,6 +77,7 @@ class Exported:
     def __init__(self, run: Path, settings: Figures) -> None:
         self.run, self.steps = run, settings.get("steps")
         self._newest: Figures = {}
+        self._counts = dict.fromkeys(COUNTED, 0)
         self._lock = threading.Lock()
 
     def take(self, record: Figures) -> None:
@@ -76,13 +85,15 @@ class Exported:
         with self._lock:
             self._newest |= {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
             self._newest["_seen"] = time.time()
+            for key in COUNTED.keys() & record.keys():
+                self._counts[key] += 1
 
     def collect(self) -> Iterator[Any]:
         """Families of figures, as prometheus_client asks for them."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
         with self._lock:
-            newest = dict(self._newest)
+            newest, counts = dict(self._newest), dict(self._counts)
         yield InfoMetricFamily("prism_run", "which run this is", {"output": str(self.run)})
         for key, (name, meaning) in GAUGES.items():
             if key in newest:
@@ -93,9 +104,8 @@ class Exported:
                 family.add_metric([key.removeprefix(start)], newest[key])
             if family.samples:
                 yield family
-        for key, name, meaning in (("tokens", "tokens", "tokens trained on since the first step"), ("responses", "responses", "responses written")):
-            if key in newest:
-                yield CounterMetricFamily(f"prism_{name}", meaning, newest[key])
+        for key, (name, meaning) in COUNTED.items():
+            yield CounterMetricFamily(f"prism_{name}", meaning, counts[key])
         yield from self._times(newest, GaugeMetricFamily)
 
     def _times(self, newest: Figures, gauge: Callable[..., Any]) -> Iterator[Any]:

@@ -42,8 +42,8 @@ def _left_files(folder: Path) -> list[Alarm]:
     bad = sorted((folder / "bad_steps").glob("*.json"))
     for path in bad[: -MOST_FILES - 1 : -1]:
         content = _json(path)
-        step = content.get("step")
-        found.append(Alarm("bad step", _in_words(content) or path.name, step if isinstance(step, int) else None))
+        step, what = content.get("step"), "rollback" if "rollback" in content else "bad step"
+        found.append(Alarm(what, _in_words(content) or path.name, step if isinstance(step, int) else None))
     if len(bad) > MOST_FILES:
         found.append(Alarm("bad step", f"and {len(bad) - MOST_FILES} more in {folder / 'bad_steps'}"))
     for path in sorted((folder / "watchdog").glob("*"))[:MOST_FILES]:
@@ -56,7 +56,10 @@ def _left_files(folder: Path) -> list[Alarm]:
 
 
 def _in_words(content: dict[str, Any]) -> str:
-    """A table's plain values as `key value`, without its step and its versions."""
+    """What a record says of itself; of one without a message, its plain values as `key value`."""
+    if isinstance(content.get("message"), str):
+        done = {"skip": "; the step was left out", "stop": "; the run stopped"}.get(str(content.get("action")), "")
+        return content["message"].removeprefix(f"step {content.get('step')}: ") + done
     plain = {key: value for key, value in content.items() if isinstance(value, str | int | float) and key not in ("step", "schema_version", "time")}
     return "  ".join(f"{key} {value}" for key, value in plain.items())[:300]
 

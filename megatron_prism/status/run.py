@@ -57,15 +57,16 @@ def status(folder: Path, provenance: dict[str, Any], config: dict[str, Any], now
 def _state(folder: Path, found: log.Log, steps: list[Line], session: list[Line], limit: float, now: float) -> tuple[State, str]:
     if artifact.is_complete(folder):
         return "finished", ""
-    last, saved = (session[-1] if session else {}), _saved_step(folder)
-    if "error" in last:
+    saved, here = _saved_step(folder), log.steps_of(session)
+    behind = session[session.index(here[-1]) + 1 :] if here else session
+    if (last := log.newest(behind, "error")) is not None:
         return "failed", str(last["error"]).splitlines()[0]
-    if "stopped" in last:
+    if (last := log.newest(behind, "stopped")) is not None:
         return "stopped", f"asked to stop at step {last['step']}: start the same command again to go on"
     beside = [folder.with_name(folder.name + suffix) for suffix in (".log", ".failures")]
     silent = now - max(found.modified or 0.0, life.last_change(folder, beside))
     if silent <= limit:
-        return ("running", "") if log.steps_of(session) else ("starting", "no step of this session is logged yet")
+        return ("running", "") if here else ("starting", "no step of this session is logged yet")
     said = f"nothing was written for {duration(silent)}, it may be silent for {duration(limit)}"
     step = int(steps[-1]["step"]) if steps else 0
     if saved is not None and saved >= step:

@@ -15,6 +15,8 @@ BAR_WIDTH = 24
 INDENT = "  "
 LABEL = 12
 SHOWN_SCORES = 8
+MOST_OF_A_REASON = 160
+"""characters, on a stage's line"""
 
 
 def block(one: Status) -> str:
@@ -43,7 +45,8 @@ def _rows(one: Status) -> Iterator[tuple[str, str]]:
     if one.total:
         yield "progress", progress(one)
     yield from _run_rows(one) if one.unit == "steps" else _output_rows(one)
-    for number, alarm in enumerate(one.alarms):
+    shown = [alarm for alarm in one.alarms if alarm.what != "error" or one.state != "failed"]  # else it is why
+    for number, alarm in enumerate(shown):
         yield (
             "alarms" if not number else "",
             typer.style(f"{alarm.what}" + (f" at step {alarm.step}" if alarm.step is not None else "") + f": {alarm.text}", fg="red"),
@@ -59,7 +62,7 @@ def _part(part: Status, name_width: int, kind_width: int) -> str:
         words.append(progress(part))
     figure = _one_figure(part)
     words += [figure] if figure else []
-    words += [part.why] if part.why and part.state != "running" else []
+    words += [part.why[:MOST_OF_A_REASON]] if part.why and part.state != "running" else []
     words += [typer.style(f"{len(part.alarms)} alarms", fg="red")] if part.alarms else []
     return "  ".join(words).rstrip()
 

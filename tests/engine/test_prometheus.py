@@ -9,7 +9,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPConnection
-from pathlib import Path
 
 import psutil
 import pytest
@@ -73,11 +72,12 @@ def test_a_training_is_scraped_while_it_runs_and_on_loopback_alone(tmp_path):
             run.stderr.read()
     lines = [float(found) for found in re.findall(r"loss (\d+\.\d+)  lr", seen)]
     assert first["prism_step"] >= 6 and first["prism_steps"] == 100_000 and first["prism_checkpoint_step"] % 5 == 0
-    assert first["prism_tokens_total"] == first["prism_step"] * 8 * 32
+    assert first["prism_checkpoints_total"] == first["prism_checkpoint_step"] / 5
+    assert first["prism_tokens"] == first["prism_step"] * 8 * 32
     assert abs(first["prism_loss"] - lines[-1]) < 1.0 and 0 <= first["prism_checkpoint_age_seconds"] < 60
     assert {"prism_validation_loss", "prism_eta_seconds", "prism_tokens_per_second", "prism_grad_norm", "prism_learning_rate"} <= first.keys()
     assert {"prism_source_loss[code]", "prism_source_loss[math]", "prism_validation_source_loss[math]"} <= first.keys()
-    assert second["prism_step"] > first["prism_step"] and second["prism_tokens_total"] > first["prism_tokens_total"]
+    assert second["prism_step"] > first["prism_step"] and second["prism_tokens"] > first["prism_tokens"]
 
 
 def _refused_elsewhere(pid: int, port: int) -> None:
@@ -113,11 +113,22 @@ def test_a_client_that_sends_rubbish_or_nothing_keeps_nobody_from_scraping(endpo
 
 def test_figures_of_rl_have_names_of_their_own_and_texts_are_no_figures(endpoint):
     endpoint.figures.take(
-        {"step": 3, "reward": 0.5, "reward/sums": 0.25, "kl": 0.01, "mismatch": 0.002, "seconds/sync": 1.5, "alarm": "KL", "responses": 64}
+        {
+            "step": 3,
+            "reward": 0.5,
+            "reward/sums": 0.25,
+            "kl": 0.01,
+            "mismatch": 0.002,
+            "seconds/sync": 1.5,
+            "alarm": "KL",
+            "responses": 64,
+            "bad_step": {"action": "skip"},
+        }
     )
     found = _scrape(endpoint.address)
     assert (found["prism_reward"], found["prism_domain_reward[sums]"], found["prism_kl"], found["prism_mismatch"]) == (0.5, 0.25, 0.01, 0.002)
-    assert found["prism_phase_seconds[sync]"] == 1.5 and found["prism_responses_total"] == 64
+    assert found["prism_phase_seconds[sync]"] == 1.5 and found["prism_responses"] == 64
+    assert found["prism_bad_steps_total"] == 1 and found["prism_rollbacks_total"] == 0
     assert not any("alarm" in name for name in found)
 
 

@@ -185,13 +185,17 @@ def test_a_new_session_is_starting_whatever_the_one_before_it_ended_with(tmp_pat
 
 def test_what_was_left_in_the_folder_is_an_alarm(tmp_path):
     folder = _alive(tmp_path / "run", _lines(9, time.time()))
-    for step in (3, 7):
-        artifact.write_atomic(folder / "bad_steps" / f"step_{step:08d}.json", json.dumps({"step": step, "what": "gradient is inf", "rank": 5}))
+    records = {"step_00000003": {"step": 3, "loss": "nan", "rank": 5}, "step_00000007": {"step": 7, "action": "skip", "message": "step 7: loss nan"}}
+    records["step_00000008_rollback_1"] = {"step": 8, "rollback": 1, "message": "step 8: loss 9 is far: back to step 4"}
+    for name, record in records.items():
+        artifact.write_atomic(folder / "bad_steps" / f"{name}.json", json.dumps(record))
     artifact.write_atomic(folder / "watchdog" / "rank_3.txt", "rank 3 waits in all_reduce since 600 s\nstack")
     folder.with_name("run.failures").write_text("after step_00000004\n")
     alarms = one_output(folder, time.time()).alarms
-    assert [(alarm.what, alarm.step) for alarm in alarms] == [("bad step", 7), ("bad step", 3), ("watchdog", None), ("failures", None)]
-    assert "gradient is inf" in alarms[0].text and "rank 5" in alarms[0].text and "rank 3 waits in all_reduce" in alarms[2].text
+    kinds = [("rollback", 8), ("bad step", 7), ("bad step", 3), ("watchdog", None), ("failures", None)]
+    assert [(alarm.what, alarm.step) for alarm in alarms] == kinds
+    assert [alarm.text for alarm in alarms[:3]] == ["loss 9 is far: back to step 4", "loss nan; the step was left out", "loss nan  rank 5"]
+    assert "rank 3 waits in all_reduce" in alarms[3].text
 
 
 def test_a_run_of_rl_shows_its_reward_and_what_is_above_a_limit(tmp_path):
