@@ -107,14 +107,20 @@ def largest_difference(found: list[dict[str, Any]], expected: list[dict[str, Any
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    """Every tensor of a run's newest checkpoint (weights, master weights, moments), and the optimizer's own numbers."""
-    from megatron.core import dist_checkpointing
-
+    """`read_state` of a run's newest checkpoint."""
     from megatron_prism.engine import run_folder
-    from megatron_prism.engine.sharded import Reader
 
     folder = run_folder.newest(run)
     assert folder is not None
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint (weights, master weights, moments), and the optimizer's own numbers."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_prism.engine.sharded import Reader
+
     reader = Reader(folder / "sharded")
     state: dict[str, Any] = {key: reader.read(key) for key in sorted(reader.keys())}
     groups = dist_checkpointing.load_common_state_dict(str(folder / "sharded"))["optimizer"]["groups"]["optimizer"]["param_groups"]

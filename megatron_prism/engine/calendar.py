@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,6 +21,7 @@ from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.metrics import MetricsLog, read_records
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.recipe import CheckpointSection, EvaluationSection, ExportSection
+from megatron_prism.engine.saving import Background
 from megatron_prism.engine.step import Engine
 from megatron_prism.engine.weights import export_hf
 
@@ -42,7 +44,10 @@ class Recipe(Protocol):
 
 
 class Run(Protocol):
-    """What the calendar reads of a run in progress, on one rank. started: by time.monotonic; stop_asked: by SIGTERM to this rank."""
+    """What the calendar reads of a run in progress, on one rank. started: by time.monotonic; stop_asked: by SIGTERM to this rank.
+
+    background: what writes checkpoints while the run goes on; None: nothing does.
+    """
 
     cfg: Recipe
     engine: Engine
@@ -52,6 +57,7 @@ class Run(Protocol):
     evaluate: Evaluate | None
     started: float
     stop_asked: bool
+    background: Background | None
 
     @property
     def is_main(self) -> bool:
@@ -65,9 +71,13 @@ class Run(Protocol):
 
     @property
     def wants_to_stop(self) -> bool:
-        """Whether this rank was told to stop, or the time is up by its clock. One rank's yes is to become all ranks'."""
+        """Whether this rank was told to stop, the time is up by its clock, or a save in the background failed, which the save of a stop tells all.
+
+        One rank's yes is to become all ranks'.
+        """
         limit = self.cfg.time_limit_minutes
-        return self.stop_asked or (limit is not None and time.monotonic() - self.started > limit * 60)
+        failed = self.background is not None and self.background.has_failed
+        return self.stop_asked or failed or (limit is not None and time.monotonic() - self.started > limit * 60)
 
 
 @contextmanager
@@ -80,6 +90,16 @@ def hearing_sigterm(run: Run) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextmanager
+def ending_saves(run: Run) -> Iterator[None]:
+    """However it ends inside, what is being written in the background is written to its end: the checkpoint of an earlier step is good."""
+    try:
+        yield
+    finally:
+        if run.background is not None:
+            run.background.end()
+
+
 # --- when --------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -90,8 +110,11 @@ def every(interval: int | None, step: int) -> bool:
 
 def after_step(run: Run, stopping: bool, save: Callable[[], None]) -> bool:
     """Save, export and evaluate as this step asks for. stopping: as all ranks were told. Whether the run goes on, or is finished."""
+    _tell_saved(run)
     if every(run.cfg.checkpoint.save_interval, run.progress.step) or run.is_last or stopping:
         save()
+    if run.is_last or stopping or _is_due(run, run.cfg.export) or _is_due(run, run.cfg.evaluation):
+        settle(run)
     if _is_due(run, run.cfg.export):
         _export(run)
     if _is_due(run, run.cfg.evaluation) and not stopping:
@@ -144,12 +167,31 @@ def _is_evaluated(run: Run) -> bool:
 
 
 def save(run: Run, recipe: BaseModel, beside: Callable[[Path], None] | None = None) -> None:
-    """The checkpoint of this step, and away with old ones. recipe: `run.cfg`, to be kept with it; beside: as `checkpoint.save` takes it."""
+    """The checkpoint of this step, and away with old ones. recipe: `run.cfg`, to be kept with it; beside: as `checkpoint.save` takes it.
+
+    In the background, where the run has one: `checkpoint_seconds` are those that the run stood still for, with waiting for the save before this one.
+    """
     begun, cfg = time.perf_counter(), run.cfg
-    folder = checkpoint.save(run.engine, cfg.output, run.progress, cfg.output / HF_FILES, recipe, run.parents, beside)
-    checkpoint.prune(cfg.output, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    prune = partial(checkpoint.prune, cfg.output, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    files = cfg.output / HF_FILES
+    folder = checkpoint.save(run.engine, cfg.output, run.progress, files, recipe, run.parents, beside, run.background, after=prune)
+    _tell_saved(run)
     seconds = time.perf_counter() - begun
-    run.log.event(run.progress.step, {"checkpoint_seconds": seconds}, f"saved {folder} in {seconds:.1f} s")
+    said = f"saved {folder} in {seconds:.1f} s" if run.background is None else f"copied {folder} in {seconds:.1f} s, to be written in the background"
+    run.log.event(run.progress.step, {"checkpoint_seconds": seconds}, said)
+
+
+def settle(run: Run) -> None:
+    """Wait for what is written in the background: before a checkpoint is read, and before the run ends. Errors: the save's own, on every rank."""
+    if run.background is not None:
+        run.background.wait()
+        _tell_saved(run)
+
+
+def _tell_saved(run: Run) -> None:
+    """That a save in the background is complete, when it is."""
+    for folder, seconds in [] if run.background is None else run.background.news():
+        run.log.event(run.progress.step, {"checkpoint_background_seconds": seconds}, f"saved {folder} in the background, in {seconds:.1f} s")
 
 
 def _export(run: Run) -> None:

@@ -27,6 +27,7 @@ from megatron_prism.engine.optimizer import build_optimizer, wrap_model
 from megatron_prism.engine.packed_data import PackedReader, open_reader
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.saving import Background
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import DivergenceError, Engine, StepReport, evaluate_step, train_step
 from megatron_prism.engine.trainable import freeze
@@ -52,6 +53,7 @@ class Run(calendar.Run):
     recent: deque[tuple[float, int, float]] = field(default_factory=lambda: deque(maxlen=50))
     """seconds, tokens, and seconds waited for data of the last steps"""
     stop_asked: bool = False
+    background: Background | None = None
 
     def close(self) -> None:
         """End the log and the threads that read data."""
@@ -69,7 +71,7 @@ def train(cfg: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     run = build_run(cfg)
     run.evaluate = evaluate
     try:
-        with calendar.hearing_sigterm(run):
+        with calendar.hearing_sigterm(run), calendar.ending_saves(run):
             finished = _loop(run)
     finally:
         run.close()
@@ -117,7 +119,8 @@ def build_run(cfg: TrainConfig) -> Run:
     held_out = open_reader(blend, "validation", cfg.data) if cfg.validation else None
     progress = _starting_point(cfg, engine, data, newest)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
-    run = Run(cfg, model_config, engine, data, held_out, parents, progress, log)
+    background = Background() if cfg.checkpoint.async_save else None
+    run = Run(cfg, model_config, engine, data, held_out, parents, progress, log, background=background)
     _record_plans(log, data, cfg.output, progress.samples)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
     if mesh.rank == 0 and isinstance(data, PackedReader):

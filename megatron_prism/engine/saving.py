@@ -13,6 +13,7 @@ import io
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,7 @@ def _failed_write(path: Path, error: OSError) -> str:
         room = "its folder cannot be asked for free space"
     return (
         f"{error.filename or path} could not be written: {error.strerror or error}; {room}. This checkpoint was given up and is not read; those "
-        "that are complete are as they were. Make the disk usable (space, quota, permission), then start the same command again to go on from the newest"
+        "that are complete are as they were. Make the disk usable (space, quota, permission), then start the same command again to go on from there"
     )
 
 
@@ -200,6 +201,7 @@ class Background:
         self._group: dist.ProcessGroup | None = None
         self._room: Tensor | None = None
         self._error: Exception | None = None
+        self._saved: list[tuple[Path, float]] = []
 
     @property
     def is_busy(self) -> bool:
@@ -219,11 +221,12 @@ class Background:
         self.wait()
         if self._group is None and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
-        copied = self._copied(plan)
+        begun, copied = time.perf_counter(), self._copied(plan)
 
         def work() -> None:
             try:
                 carry_out(copied, complete, self._group)
+                self._saved.append((plan.folder.parent, time.perf_counter() - begun))
             except Exception as error:  # told by `wait`
                 if dist.get_rank() == 0:
                     give_up()
@@ -240,6 +243,19 @@ class Background:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def end(self) -> None:
+        """Wait, and say an error where nobody else will: the run is ending for another reason, or is over."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("the checkpoint in the background was not saved: %s", error)
+
+    def news(self) -> list[tuple[Path, float]]:
+        """The checkpoints that became complete since this was asked last, with the seconds that each took."""
+        saved = self._saved[:]
+        del self._saved[: len(saved)]
+        return saved
 
     def _copied(self, plan: ShardedPlan) -> ShardedPlan:
         """The plan over copies in host memory, one buffer that is kept for the next save: pages that were used before are copied to much faster."""

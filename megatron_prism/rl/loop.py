@@ -31,6 +31,7 @@ from megatron_prism.engine.metrics import MetricsLog, read_records
 from megatron_prism.engine.policy import PolicyReport, log_probabilities, policy_step
 from megatron_prism.engine.ranks import any_rank, on_main
 from megatron_prism.engine.reference_model import Reference
+from megatron_prism.engine.saving import Background
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import DivergenceError, Engine
 from megatron_prism.errors import UserError
@@ -77,6 +78,7 @@ class Run(calendar.Run):
     """responses of the next step"""
     started: float = field(default_factory=time.monotonic)
     stop_asked: bool = False
+    background: Background | None = None
 
 
 def reinforce(cfg: RLConfig, evaluate: Evaluate | None = None) -> Path:
@@ -88,6 +90,7 @@ def reinforce(cfg: RLConfig, evaluate: Evaluate | None = None) -> Path:
         run = build_run(cfg, closing)
         run.evaluate = evaluate
         closing.enter_context(calendar.hearing_sigterm(run))
+        closing.enter_context(calendar.ending_saves(run))
         finished = _loop(run)
     if finished and run.is_main:
         shutil.rmtree(cfg.output / generators.GENERATOR, ignore_errors=True)
@@ -123,6 +126,7 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
     watch = Watch.of(cfg.alarms.window, progress.data.get("watch"))
     unsolved = metrics.Unsolved(set(progress.data.get("unsolved", ())))
     run = Run(cfg, model_config, engine, prompts, tokenizer, generator, pool, reference, parents, progress, log, watch, unsolved)
+    run.background = Background() if cfg.checkpoint.async_save else None
     if cfg.rollout.steps_ahead and (newest := run_folder.newest(cfg.output)) is not None:
         run.ahead.load(newest, partial(_drawing, run))
     if run.is_main:

@@ -1,20 +1,14 @@
 """A damaged checkpoint is found on every rank before anything of it is used; a run that goes on from the one before it equals an unbroken run."""
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from multirank import run_ranks
-from training import differing, final_state, from_random, metrics, recipe
+from refusals import HALFWAY, KEPT, SAVED, halfway, train
+from training import differing, final_state, metrics
 
 from megatron_prism import artifact
 from megatron_prism.engine import run_folder
-
-SCRIPT = Path(__file__).parent / "refusal_ranks.py"
-STEPS, SAVED, DAMAGED = 6, 2, 4
-KEPT = ("loss", "grad_norm", "lr", "tokens")
 
 
 def flip(path: Path, place: float = 0.5) -> None:
@@ -28,34 +22,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def train(root: Path, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """What each rank was told in each case, all in one launch on two ranks."""
-    folder.mkdir(exist_ok=True)
-    common = recipe(root, folder, steps=STEPS, checkpoint__save_interval=SAVED, checkpoint__keep_last=10, hidden_dropout=0.1, **from_random(root))
-    plan = {
-        "common": common,
-        "cases": {
-            name: {"set": [f"output={folder / name}", *(f"{key}={json.dumps(value)}" for key, value in case.items())]} for name, case in cases.items()
-        },
-    }
-    (folder / "cases.json").write_text(json.dumps(plan))
-    run_ranks(SCRIPT, 2, str(folder / "cases.json"))
-    return {name: [json.loads((folder / f"{name}.{rank}").read_text())["words"] for rank in range(2)] for name in cases}
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("damaged")
     assert train(root, root / "whole", {"run": {}}) == {"run": ["", ""]}
     return root, root / "whole" / "run"
-
-
-def halfway(run: Path, to: Path) -> Path:
-    """The run as it lay on disk after its second checkpoint; that checkpoint."""
-    shutil.copytree(run, to)
-    (to / "COMPLETE").unlink()
-    shutil.rmtree(run_folder.step_folder(to, STEPS))
-    return run_folder.step_folder(to, DAMAGED)
 
 
 DAMAGES = {
@@ -79,9 +50,9 @@ def test_every_damage_is_named_on_every_rank_and_the_run_goes_on_from_the_checkp
     for name, (file, _) in DAMAGES.items():
         first, second = told[name]
         assert first == second, name
-        assert f"step_{DAMAGED:08d}/{file}" in first, (name, first)
+        assert f"step_{HALFWAY:08d}/{file}" in first, (name, first)
         assert f"{good} is whole: checkpoint.on_corrupt=previous goes on from it" in first, (name, first)
-        assert run_folder.newest(folder / name) == run_folder.step_folder(folder / name, DAMAGED), "nothing was changed"
+        assert run_folder.newest(folder / name) == run_folder.step_folder(folder / name, HALFWAY), "nothing was changed"
     assert "have checksum" in told["a flipped bit of the weights"][0] and "; expected " in told["a flipped bit of the weights"][0]
     assert " were written" in told["a shard cut short"][0] and "is missing" in told["a missing shard"][0]
 
@@ -90,6 +61,6 @@ def test_every_damage_is_named_on_every_rank_and_the_run_goes_on_from_the_checkp
     assert [[line[key] for key in KEPT] for line in metrics(went_on)] == [[line[key] for key in KEPT] for line in metrics(run)]
     assert differing(final_state(went_on), final_state(run)) == []
     (record,) = json.loads((went_on / artifact.PROVENANCE).read_text())["damaged_checkpoints"]
-    assert record["folder"] == f"step_{DAMAGED:08d}.damaged-1" and record["went_on_from"] == good and "__1_0.distcp" in record["found"][0]
+    assert record["folder"] == f"step_{HALFWAY:08d}.damaged-1" and record["went_on_from"] == good and "__1_0.distcp" in record["found"][0]
     assert (went_on / "checkpoints" / record["folder"] / "sharded").is_dir()
     assert [step.name for step in run_folder.complete_steps(went_on)] == [f"step_{step:08d}" for step in (2, 4, 6)]
