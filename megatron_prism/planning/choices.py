@@ -2,7 +2,7 @@
 
 Enumerated are tp of 1, 2, 4 and 8 (within a node of 8, always with sp), every pp that divides the GPUs, with a virtual pipeline where the model
 allows one, and cp by powers of two; dp is the rest. Each with nothing recomputed, with all layers, and for long sequences with all but attention's
-core. What a rule forbids is kept with the rule; what is allowed is ordered by the predicted time of a step (`step_time`).
+core. What a rule forbids is kept with the rule; what is allowed is ordered by the predicted time of a step (`step_time`) for each sequence.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,6 +86,11 @@ class Choice:
         """Sequences of a step."""
         return self.plan.num_microbatches * self.plan.dp * self.plan.micro_batch
 
+    @property
+    def pace(self) -> float:
+        """Seconds of a sequence of the global batch, which need not be one for all layouts of a model."""
+        return self.step.total / self.global_batch
+
     def tokens_per_second(self, seq_len: int) -> float:
         """Of one GPU."""
         return self.global_batch * seq_len / self.step.total / self.plan.world_size
@@ -167,7 +172,7 @@ def verdict(need: MemoryPlan, memory_gib: float) -> str:
 
 
 def _order(choice: Choice) -> tuple[float, int]:
-    return choice.step.total, choice.plan.tp * choice.plan.pp * choice.plan.cp
+    return choice.pace, choice.plan.tp * choice.plan.pp * choice.plan.cp
 
 
 def _layouts(task: Task) -> Iterator[ParallelConfig]:

@@ -66,7 +66,7 @@ def heading(view: View) -> str:
     """GPUs, lengths, and whose rates."""
     task, rates = view.task, view.task.machine.rates
     each = f" of {view.memory_gib:g} GiB" if view.memory_gib is not None else ""
-    batch = f"{task.global_batch:,} sequences" if task.global_batch else f"{task.tokens_per_step:,} tokens"
+    batch = f"{task.global_batch:,} sequences" if task.global_batch else f"{task.tokens_per_step:,} tokens (or what dp asks for)"
     kind = "FP8" if task.training.fp8 is not None else "bf16"
     lines = [f"{_gpus(task.gpus)}{each}, {task.seq_len:,} tokens a sequence, {batch} a step, {kind}", f"rates    {rates.name}, {rates.note}"]
     if task.gpus > GPUS_PER_NODE:
@@ -84,7 +84,7 @@ def best_few(view: View, found: Survey, best: Choice, own: Choice | None) -> str
     """The recipe's own layout, the one to take, and the next few that fit."""
     others = [choice for choice in found.allowed if view.fits(choice) and choice not in (best, own)][: FEW - 1]
     also = "fits" if view.memory_gib is not None else ""
-    ranked = sorted([best, *others], key=lambda choice: choice.step.total)
+    ranked = sorted([best, *others], key=lambda choice: choice.pace)
     return table(view, [*([("own", own)] if own is not None else []), *(("take" if choice == best else also, choice) for choice in ranked)])
 
 
@@ -152,8 +152,8 @@ def why_not(view: View, found: Survey, best: Choice | None, everything: bool) ->
     """Of the other layouts: too large, slower, forbidden; a count and an example of each reason, or every one."""
     large = sorted((choice for choice in found.allowed if not view.fits(choice)), key=lambda choice: choice.need.total)
     fitting = [choice for choice in found.allowed if best and view.fits(choice) and choice != best]
-    slower = [choice for choice in fitting if best and choice.step.total >= best.step.total]
-    quicker = [choice for choice in fitting if best and choice.step.total < best.step.total]
+    slower = [choice for choice in fitting if best and choice.pace >= best.pace]
+    quicker = [choice for choice in fitting if best and choice.pace < best.pace]
     groups = defaultdict(list)
     for refusal in found.refused:
         groups[_kind(refusal.rule)].append(refusal)
@@ -209,8 +209,8 @@ def nothing_fits(view: View, found: Survey) -> str:
     """Why, with the nearest layout and a way out."""
     assert view.memory_gib is not None
     if not found.allowed:
-        rules = sorted({refusal.rule for refusal in found.refused})[:3]
-        return f"no layout of {_gpus(view.task.gpus)} is allowed; of {len(found.refused)} tried:\n  " + "\n  ".join(rules)
+        examples = {_kind(refusal.rule): refusal.rule for refusal in reversed(found.refused)}
+        return f"no layout of {_gpus(view.task.gpus)} is allowed; {len(found.refused)} were tried:\n  " + "\n  ".join(examples.values())
     nearest = min([*found.allowed, *offloaded(view.task, found)], key=lambda choice: choice.need.total)
     least = view.task.choice(nearest.plan, replace(nearest.training, optimizer=SMALL)).need.total / 2**30
     smaller = nearest.training.optimizer.state_bytes > SMALL.state_bytes
@@ -267,7 +267,7 @@ def _too_much(view: View, choice: Choice) -> str:
 
 
 def _slower(choice: Choice, best: Choice) -> str:
-    return f"{choice.step.total / best.step.total:.2f} x"
+    return f"{choice.pace / best.pace:.2f} x"
 
 
 def _kind(rule: str) -> str:
@@ -283,7 +283,7 @@ def _fewer_layers(view: View, best: Choice) -> str | None:
     for count in range(1, layers):
         fewer = view.task.choice(best.plan, replace(best.training, recompute_layers=count), best.tp_comm_overlap)
         if fewer.need.fits(view.memory_gib):
-            quicker = 1 - fewer.step.total / best.step.total
+            quicker = 1 - fewer.pace / best.pace
             if quicker < WORTH_SAYING:
                 return None
             return f"recompute_layers={count} of {layers} beside it: {fewer.need.total / 2**30:.1f} GiB, {quicker:.0%} less time"
@@ -292,10 +292,10 @@ def _fewer_layers(view: View, best: Choice) -> str | None:
 
 def _pipeline(view: View, best: Choice, found: Survey) -> str | None:
     """A pipeline that would be quicker, if the prediction holds."""
-    quicker = next((choice for choice in found.allowed if view.fits(choice) and choice.step.total < best.step.total), None)
+    quicker = next((choice for choice in found.allowed if view.fits(choice) and choice.pace < best.pace), None)
     if quicker is None or best.plan.pp > 1:
         return None
-    less = 1 - quicker.step.total / best.step.total
+    less = 1 - quicker.pace / best.pace
     return f"{quicker.overrides}: {less:.0%} less time is predicted, but no pipeline was ever measured: compare them with `prism bench`"
 
 

@@ -113,7 +113,7 @@ def test_a_recipe_that_starts_from_random_weights_needs_no_tokenizer_for_its_pla
         ({"target": "nowhere.toml"}, r"nowhere\.toml does not exist"),
         ({"target": str(GRANITE), "model": "granite-3.3-8b-base", "overrides": ["stpes=2"]}, "unknown key stpes; did you mean steps"),
         ({"target": str(GRANITE), "model": "granite-3.3-8b-base", "gpus": 3}, r"parallel\.tp\*pp\*cp=2 must divide the 3 ranks"),
-        ({"target": str(GRANITE), "model": "granite-3.3-8b-base", "gpus": 3, "memory": 141.0}, "no layout of 3 GPUs is allowed; of 2 tried"),
+        ({"target": str(GRANITE), "model": "granite-3.3-8b-base", "gpus": 3, "memory": 141.0}, "no layout of 3 GPUs is allowed; 2 were tried"),
         (
             {"target": str(GRANITE), "model": "granite-3.3-8b-base", "gpus": 8, "memory": 10.0},
             "nothing fits 8 GPUs of 10 GiB with 10% to spare; the nearest",
