@@ -60,8 +60,10 @@ def filling(step: int, disk: Path, early: bool) -> Callable[[Any], int]:
 
 
 def one_full_disk(path: Path, write: Any) -> Any:
-    """Rank 1's own files go where every write fails as on a full disk."""
-    return WRITE_FILE(Path("/dev/full") if dist.get_rank() == 1 and "step_00000004" in str(path) else path, write)
+    """Rank 1's own files lie where every write fails as on a full disk."""
+    if dist.get_rank() == 1 and "step_00000004" in str(path):
+        path.symlink_to("/dev/full")
+    return WRITE_FILE(path, write)
 
 
 def slowly(plan: Any) -> Any:
