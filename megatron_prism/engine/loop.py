@@ -17,7 +17,8 @@ import torch.distributed as dist
 from megatron_prism import artifact
 from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.data_prep.history import consumption, describe_consumption, recorded
-from megatron_prism.engine import calendar, checkpoint, device, integrity, parallel, recipe, run_folder, tp_overlap
+from megatron_prism.engine import bad_steps, calendar, checkpoint, device, integrity, origin, parallel, recipe, recovery, run_folder, tp_overlap
+from megatron_prism.engine.bad_steps import Memory
 from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.data import SampleReader
@@ -26,10 +27,11 @@ from megatron_prism.engine.model import BuildOptions, build
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
 from megatron_prism.engine.packed_data import PackedReader, open_reader
 from megatron_prism.engine.parallel import Mesh
+from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.saving import Background
 from megatron_prism.engine.schedule import factor
-from megatron_prism.engine.step import DivergenceError, Engine, StepReport, evaluate_step, train_step
+from megatron_prism.engine.step import Engine, StepReport, evaluate_step, train_step
 from megatron_prism.engine.trainable import freeze
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
@@ -48,6 +50,8 @@ class Run(calendar.Run):
     parents: list[Path]
     progress: Progress
     log: MetricsLog
+    memory: Memory = field(default_factory=Memory)
+    """of bad steps"""
     evaluate: Evaluate | None = None
     started: float = field(default_factory=time.monotonic)
     recent: deque[tuple[float, int, float]] = field(default_factory=lambda: deque(maxlen=50))
@@ -82,17 +86,21 @@ def train(cfg: TrainConfig, evaluate: Evaluate | None = None) -> Path:
 
 def _loop(run: Run) -> bool:
     """Steps until the end (True) or until someone asks to stop (False)."""
-    cfg, progress = run.cfg, run.progress
+    cfg = run.cfg
     calendar.make_good(run)
-    while progress.step < cfg.steps:
+    while run.progress.step < cfg.steps:
         report = _step(run)
-        if every(cfg.log.interval, progress.step) or run.is_last or progress.step == 1:
+        step = run.progress.step
+        if report.applied and (every(cfg.log.interval, step) or run.is_last or step == 1):
             _log(run, report)
-        if cfg.validation and (every(cfg.validation.interval, progress.step) or run.is_last):
+        if recovery.has_spiked(run, report):
+            recovery.roll_back(run, report)
+            continue
+        if cfg.validation and (every(cfg.validation.interval, step) or run.is_last):
             _validate(run)
         if not calendar.after_step(run, bool(report.signal), partial(_save, run)):
             return False
-    run.log.say(describe_consumption(recorded(run.data.fingerprint), progress.samples, cfg.data.seq_len))
+    run.log.say(describe_consumption(recorded(run.data.fingerprint), run.progress.samples, cfg.data.seq_len))
     return True
 
 
@@ -102,6 +110,7 @@ def build_run(cfg: TrainConfig) -> Run:
     if cfg.deterministic:
         device.make_deterministic()
     parallel.start(place)
+    on_main(lambda: bad_steps.finish_rollbacks(cfg.output))
     newest = integrity.choose(cfg.output, cfg.stage, cfg.checkpoint.on_corrupt)
     model_config, plan = recipe.check(cfg, dist.get_world_size())
     mesh = parallel.build_mesh(plan, cfg.seed)
@@ -120,7 +129,9 @@ def build_run(cfg: TrainConfig) -> Run:
     progress = _starting_point(cfg, engine, data, newest)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
     background = Background() if cfg.checkpoint.async_save else None
-    run = Run(cfg, model_config, engine, data, held_out, parents, progress, log, background=background)
+    run = Run(cfg, model_config, engine, data, held_out, parents, progress, log, Memory.of(progress.data), background=background)
+    if mesh.rank == 0:
+        bad_steps.forget_after(cfg.output, progress.step)
     _record_plans(log, data, cfg.output, progress.samples)
     log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
     if mesh.rank == 0 and isinstance(data, PackedReader):
@@ -169,6 +180,7 @@ def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader, newest
         if cfg.model.checkpoint is not None:
             checkpoint.load_weights(engine, run_folder.resolve(cfg.model.checkpoint))
         return Progress(data=data.fingerprint)
+    progress.data = on_main(lambda: bad_steps.amended(cfg.output, progress.step, progress.data))
     data.follow(checkpoint.check_data(progress, data.fingerprint, cfg.data.on_change).records)
     return progress
 
@@ -197,15 +209,13 @@ def _step(run: Run) -> StepReport:
     cfg, progress = run.cfg, run.progress
     begun, waited = time.perf_counter(), run.data.waited_seconds
     lr = cfg.optimizer.lr * factor(cfg.schedule, progress.step, cfg.steps)
+    random_states = origin.get_random_states() if cfg.hidden_dropout else None  # a replay draws from them again
     report = train_step(run.engine, run.data, progress.samples, lr, cfg.optimizer.weight_decay, signal=int(run.wants_to_stop))
-    if not torch.isfinite(report.by_source).all() or not report.grad_norm < float("inf"):
-        raise DivergenceError(
-            f"step {progress.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}; samples {progress.samples} to "
-            f"{progress.samples + cfg.global_batch - 1}. Nothing of this step was saved; lower optimizer.lr or look at these samples"
-        )
     progress.step += 1
     progress.samples += cfg.global_batch
     progress.tokens += cfg.global_batch * cfg.data.seq_len
+    if not report.applied:
+        recovery.leave_out(run, report, random_states)
     run.recent.append((time.perf_counter() - begun, cfg.global_batch * cfg.data.seq_len, run.data.waited_seconds - waited))
     return report
 
@@ -268,6 +278,6 @@ def _validate(run: Run) -> None:
 
 def _save(run: Run) -> None:
     records = recorded(run.data.fingerprint)
-    run.progress.data = {**run.data.fingerprint, "history": records}
+    run.progress.data = {**run.data.fingerprint, "history": records, **run.memory.record()}
     run.progress.consumed = consumption(records, run.progress.samples, run.cfg.data.seq_len)
     calendar.save(run, run.cfg)

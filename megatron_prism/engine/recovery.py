@@ -66,7 +66,7 @@ def leave_out(run: Run, report: StepReport, random_states: dict[str, Any] | None
         }
         path = bad_steps.write(run.cfg.output, step, record)
         kept = {key: record[key] for key in ("action", "loss", "grad_norm", "first_sample", "num_samples", "origin", "samples")}
-        run.log.event(step, {"bad_step": kept}, f"{said}. {'The step was left out' if goes_on else 'The run stops'}: {path}")
+        run.log.event(step, {"bad_step": kept}, f"{said}. The step was left out: {path}" if goes_on else f"step {step} went wrong: {path}")
     if goes_on:
         return
     if section.on_nan == "stop":

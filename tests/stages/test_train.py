@@ -209,7 +209,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(finished, t
         return step_of(engine, data, first_sample, *rest, **options)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(loop.DivergenceError, match=r"step 4: loss nan.*samples 24 to 31"):
+    with pytest.raises(step.DivergenceError, match=r"step 4: loss nan.*samples 24 to 31"):
         loop.train(config(root, tmp_path / "run", steps=6, checkpoint__save_interval=2))
     assert run_folder.newest(tmp_path / "run") == run_folder.step_folder(tmp_path / "run", 2)
 
