@@ -94,7 +94,7 @@ def taken(view: View, best: Choice, found: Survey, own: Choice | None = None) ->
     lines = [f"take     {best.overrides}{batch}{' (the recipe as it is)' if best == own else ''}"]
     fits = f"; {verdict(best.need, view.memory_gib)}" if view.memory_gib is not None else ""
     lines.append(f"because  {best.reason}{fits}")
-    lines += [f"or       {text}" for text in (_fewer_layers(view, best), _pipeline(view, best, found)) if text]
+    lines += [f"or       {text}" for text in (_fewer_layers(view, best), _overlapped(view, best), _pipeline(view, best, found)) if text]
     lines += [f"memory   {memory_parts(view, best)}"]
     if text := costs(view, best):
         lines.append(text)
@@ -288,6 +288,14 @@ def _fewer_layers(view: View, best: Choice) -> str | None:
                 return None
             return f"recompute_layers={count} of {layers} beside it: {fewer.need.total / 2**30:.1f} GiB, {quicker:.0%} less time"
     return None
+
+
+def _overlapped(view: View, best: Choice) -> str | None:
+    """Tensor parallelism's exchanges beside the products."""
+    if not best.plan.sp or view.model.is_hybrid:
+        return None
+    less = 1 - view.task.choice(best.plan, best.training, tp_comm_overlap=True).pace / best.pace
+    return f"parallel.tp_comm_overlap=true beside it: {less:.0%} less time" if less >= WORTH_SAYING else None
 
 
 def _pipeline(view: View, best: Choice, found: Survey) -> str | None:

@@ -111,6 +111,16 @@ def test_where_all_layers_run_again_fewer_of_them_are_offered(capsys):
     assert found is not None and int(found[1]) < int(found[2]) and float(found[3]) <= 54 and int(found[4]) >= 2
 
 
+def test_the_overlap_of_tps_exchange_is_offered_to_dense_models(capsys):
+    assert "or       parallel.tp_comm_overlap=true beside it: 4% less time" in plan(capsys, "llama-3.1-8b", gpus=8, memory=80.0)
+    assert "tp_comm_overlap" not in plan(capsys, "nemotron-h-8b-base-8k", gpus=8, memory=80.0)
+
+
+def test_what_a_recipe_recomputes_binds_its_own_layout_alone(capsys):
+    text = granite(capsys, "recompute=full", "recompute_layers=10")
+    assert "32 10 layers " in rows(text)[0] and "take     parallel.tp=1 parallel.sp=false parallel.pp=1 parallel.cp=1 recompute=none" in text
+
+
 def test_time_alone_is_said_without_memory_and_whose_rates_it_is_by(capsys):
     text = granite(capsys, memory=None)
     assert "rates    H200, measured on H200s" in text and "with --memory GiB, other layouts too" in text
