@@ -5,6 +5,7 @@
     prism plan RECIPE|MODEL              prism run PIPELINE.toml              prism doctor
     prism launch local|slurm|nemo RECIPE|PIPELINE.toml
     prism inspect OUTPUT|BLEND.toml      prism report RUN [RUN ...]      prism status RUN [RUN ...]
+    prism verify CHECKPOINT|RUN [...]
     prism stage my.module RECIPE.toml    (a stage of your own)
 
 Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0.
@@ -289,6 +290,16 @@ def inspect(
     from megatron_prism.stages import inspect as inspector
 
     inspector.run(target, page, seq_len, tokens, samples)
+
+
+@app.command()
+def verify(
+    targets: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT|RUN|OUTPUT [...]", help="checkpoints, runs, or outputs of stages")],
+) -> None:
+    """Whether checkpoints and other outputs are still what was written, by their checksums."""
+    from megatron_prism.stages import verify as verifier
+
+    verifier.run(targets)
 
 
 @app.command(help=stages.STAGES["report"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_prism.engine import data_plan
 from megatron_prism.engine.recipe import TrainConfig, check, check_start, parents
-from megatron_prism.planning import cost
+from megatron_prism.planning import checkpoints, cost
 
 __all__ = ["Config", "dry_run", "parents", "run"]
 
@@ -22,6 +22,7 @@ def dry_run(cfg: TrainConfig) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", cfg.parallel.model_ranks))
     model, plan = check(cfg, world_size)
     print(cost.describe_run(model, plan, cfg.steps, cfg.global_batch, cfg.data.seq_len, cfg.training))
+    print(checkpoints.describe(model, plan, cfg.data.seq_len, cfg.training, cfg.checkpoint.async_save))
     print(data_plan.describe(cfg))
     if cfg.evaluation is not None:
         from megatron_prism.evals import inline
