@@ -19,7 +19,7 @@ from megatron_prism.planning.step_time import GPUS_PER_NODE, Machine, StepTime, 
 from megatron_prism.planning.training import Training
 
 SHORTEST_CHUNK = 8192
-"""tokens of each of the 2 * cp chunks, at least: of shorter ones attention takes less time than their exchange (a choice, not measured)"""
+"""tokens of each of the 2 * cp chunks, at least: shorter ones were never measured"""
 LONG = 32768
 """tokens of a sequence from which on attention's core is work enough to keep its output where layers run again"""
 VIRTUAL = (2, 4)

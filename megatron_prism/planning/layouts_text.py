@@ -193,7 +193,7 @@ def pipeline(stages: list[Stage], others: list[str]) -> str:
         large, limit = "" if view.fits(choice) else "!", "" if stage.hours is None else f"{stage.hours:g}"
         cells = f"{stage.name:12} {view.task.gpus:>4}  {name(choice):25} {choice.need.total / 2**30:>5.1f}{large:1}"
         cells += f" {1e3 * choice.step.total:>7,.0f} {choice.tokens_per_second(view.task.seq_len):>9,.0f} {run.seconds / 3600:>5.1f} {limit:>4}"
-        lines.append(cells)
+        lines.append(cells.rstrip())
     first = stages[0].view
     cost = f"; {gpu_hours * first.price:,.0f} at {first.price:g} a GPU-hour" if first.price is not None else ""
     lines += ["", fold(f"together {readable_time(seconds)} one after the other, {gpu_hours:,.0f} GPU-hours{cost}")]

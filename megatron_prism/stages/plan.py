@@ -290,22 +290,38 @@ def describe_pipeline(path: Path, overrides: Sequence[str], options: Options) ->
     """Layout, memory and time of each training stage, on its own GPUs or on those asked for. Errors: UserError."""
     if overrides:
         raise UserError(f"{' '.join(overrides)}: a pipeline's keys stand in its stages; plan one stage's recipe to try others")
+    if options.tokens is not None:
+        raise UserError("--tokens: each stage of a pipeline has its recipe's; plan one stage's recipe to try others")
     entries = [entry for entry in read_toml(path)["stage"] if isinstance(entry, dict)]
     model = options.model or _pipeline_model(entries)
-    rows, others = [], []
+    stages: list[layouts_text.Stage] = []
+    others: list[str] = []
     for entry in entries:
-        if entry.get("stage", entry.get("name")) not in TRAINING_STAGES or "recipe" not in entry:
+        found = _stage(path.parent, entry, replace(options, model=model)) if entry.get("stage", entry.get("name")) in TRAINING_STAGES else None
+        if found is None:
             others.append(str(entry.get("name")))
-            continue
-        gpus = options.gpus or entry.get("ranks") or entry.get("nodes", 1) * entry.get("gpus", 1)
-        stage = replace(options, gpus=gpus, model=model)
-        read = _read_recipe(path.parent / entry["recipe"], as_overrides(entry.get("set", {})), stage)
-        task = read.task(gpus, stage.machine)
+        else:
+            stages.append(found)
+    if not stages:
+        raise UserError(f"{path} has no training stage in bf16 or FP8 with a recipe: there is nothing to plan")
+    return layouts_text.pipeline(stages, others)
+
+
+def _stage(folder: Path, entry: dict[str, Any], options: Options) -> layouts_text.Stage | None:
+    """A training stage on its GPUs, or on those asked for; None without a recipe or without rates. Errors: UserError that names it."""
+    if "recipe" not in entry:
+        return None
+    gpus = options.gpus or entry.get("ranks") or entry.get("nodes", 1) * entry.get("gpus", 1)
+    try:
+        read = _read_recipe(folder / entry["recipe"], as_overrides(entry.get("set", {})), options)
+        if read.cfg.precision != "bf16":
+            return None
+        task = read.task(gpus, options.machine)
         choice = task.choice(read.plan(gpus), read.cfg.training, read.cfg.parallel.tp_comm_overlap)
-        rows.append(layouts_text.Stage(entry["name"], View(task, options.memory_gib, read.tokens, options.price), choice, entry.get("hours")))
-    if not rows:
-        raise UserError(f"{path} has no training stage: there is nothing to plan")
-    return layouts_text.pipeline(rows, others)
+    except UserError as error:
+        raise UserError(f"stage {entry.get('name')} on {gpus} GPUs: {error}") from None
+    view = View(task, options.memory_gib, read.tokens, options.price)
+    return layouts_text.Stage(str(entry.get("name")), view, choice, entry.get("hours"))
 
 
 def _pipeline_model(entries: list[dict[str, Any]]) -> str | None:

@@ -154,6 +154,16 @@ def test_a_pipeline_without_training_is_refused(tmp_path):
         run(str(tmp_path / "p.toml"), [], Options())
 
 
+def test_a_stage_that_its_gpus_do_not_allow_is_named(capsys):
+    with pytest.raises(UserError, match=r"stage midtrain on 12 GPUs: global_batch=128 must be a multiple of dp=6 \* micro_batch=1"):
+        run(str(GRANITE.parent / "pipeline.toml"), [], Options(gpus=12))
+
+
+def test_a_stage_in_fp32_is_not_predicted(capsys):
+    with pytest.raises(UserError, match="no training stage in bf16 or FP8"):
+        run(str(EXAMPLES / "tiny" / "pipeline.toml"), [], Options(model="llama-3.1-8b"))
+
+
 def test_what_is_said_of_the_predictions_is_what_they_are():
     errors = [abs(predicted(run)[0] / run["step_ms"] - 1) for run in RUNS]
     within, count, median = re.findall(r"(\d+) of (\d+) runs .* median (\d+) %", CAUTION)[0]
