@@ -142,6 +142,7 @@ def test_a_log_of_an_older_version_still_gives_its_speed(tmp_path):
     folder = _alive(tmp_path / "run", [{**line, "time": now - 20 + 2 * line["step"]} for line in training_lines(10)])
     found = one_output(folder, now)
     assert found.state == "running" and found.eta_seconds == pytest.approx(180, abs=1)
+    assert found.facts["mean_tokens_per_second"] == pytest.approx(4000)
 
 
 def test_a_huge_log_is_read_at_both_ends_alone(tmp_path, monkeypatch):
