@@ -1,6 +1,7 @@
 """The processes that work for one: spawned, of one thread each, ended with the one that began them.
 
 One thread, because malloc then takes no locks, and tokenizing is malloc by two fifths: a second one, though it only waits, costs a seventeenth.
+For the same reason they have the faster malloc, where there is one (`allocator`).
 Owns: beginning them, in the parent and in each. Refuses nothing.
 """
 
@@ -16,6 +17,7 @@ from multiprocessing.connection import wait
 from threading import Lock
 from typing import TypeVar
 
+from megatron_prism.data_prep import allocator
 from megatron_prism.data_prep.tokenizer import limit_threads
 
 State = TypeVar("State")
@@ -27,29 +29,36 @@ BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 def pool(workers: int, start: Callable[[State], None], state: State) -> Iterator[ProcessPoolExecutor]:
     """So many processes, in each of which `start(state)` runs first, and calls `begin`."""
     # spawn: a forked copy of a process with threads (tokenizers, arrow, torch) can hang
-    with _one_blas_thread(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start, (state,)) as executor:
+    with _environment_of_workers(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start, (state,)) as executor:
         yield executor
 
 
 _pools = Lock()
-_before: list[str | None] = []
-"""what BLAS_THREADS was before each open pool; they may end in any order, and the last to end sets the first of these again"""
+_open = 0
+_before: dict[str, str | None] = {}
+"""what the variables were before the first of the open pools; they may end in any order, and the last to end sets these again"""
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """In the environment, until the last pool ends."""
+def _environment_of_workers() -> Iterator[None]:
+    """Variables that a process must begin with, in this one's environment until the last pool ends."""
+    global _open
     with _pools:
-        _before.append(os.environ.get(BLAS_THREADS))
-        os.environ[BLAS_THREADS] = "1"
+        _open += 1
+        if _open == 1:
+            given = {BLAS_THREADS: "1", **allocator.environment()}
+            _before.update({name: os.environ.get(name) for name in given})
+            os.environ.update(given)
     try:
         yield
     finally:
         with _pools:
-            last = _before.pop()
-            if not _before:
-                os.environ.pop(BLAS_THREADS, None)
-                os.environ.update({} if last is None else {BLAS_THREADS: last})
+            _open -= 1
+            if not _open:
+                for name in _before:
+                    os.environ.pop(name, None)
+                os.environ.update({name: value for name, value in _before.items() if value is not None})
+                _before.clear()
 
 
 def begin() -> None:
@@ -57,6 +66,7 @@ def begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the pool
     _end_with_parent()
     limit_threads()
+    allocator.keep_memory()
 
 
 def _end_with_parent() -> None:

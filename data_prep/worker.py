@@ -14,7 +14,7 @@ from megatron_prism.data_prep import documents, processes
 from megatron_prism.data_prep.answers import Bits, tokens_of
 from megatron_prism.data_prep.documents import Documents, Extract
 from megatron_prism.data_prep.shards import token_dtype
-from megatron_prism.data_prep.tokenizer import Encode, Tokenizer, hide_torch, load_encoder, load_marking_encoder
+from megatron_prism.data_prep.tokenizer import Encode, Ids, Tokenizer, hide_torch, load_encoder, load_marking_encoder
 
 
 @dataclass
@@ -47,8 +47,8 @@ def start(tokenizer: Tokenizer) -> None:
 def tokenise(kind: str, payload: Any, extract: Extract) -> Tokenized:
     """The ids of a chunk's documents, each ended by the end-of-document id; kind and payload as for `documents.read_chunk`."""
     found = documents.read_chunk(kind, payload, extract)
-    dtype = token_dtype(_tokenizer.vocab_size)
-    pieces: list[NDArray[Any]] = [np.zeros(0, dtype)]
+    end_id = np.array([_tokenizer.end_of_document], np.uint32)
+    pieces: list[Ids] = [end_id[:0]]
     lengths, sizes = [], []
     marked = _mark(found) if extract.knows_answers and _tokenizer.backend is not None else None
     answers: list[Bits] = []
@@ -56,22 +56,26 @@ def tokenise(kind: str, payload: Any, extract: Extract) -> Tokenized:
         if not len(tokens):  # nothing but what the tokenizer's normalisation removes
             found.empty += 1
             continue
-        end = [] if extract.may_end_itself and tokens[-1] == _tokenizer.end_of_document else [_tokenizer.end_of_document]
-        # from a list fromiter takes two thirds of asarray's time
-        pieces += [np.fromiter(tokens, dtype, len(tokens)) if isinstance(tokens, list) else np.asarray(tokens, dtype), np.array(end, dtype)]
+        end = end_id[:0] if extract.may_end_itself and tokens[-1] == _tokenizer.end_of_document else end_id
+        pieces += [tokens, end]
         if marked is not None:
             answers += [marked.answers[number], np.full(len(end), marked.ends_in_answer[number])]
         lengths.append(len(tokens) + len(end))
         sizes.append(size)
     found.texts, found.text_bytes, found.places, found.answers = [], [], [], []
-    columns = np.concatenate(pieces), np.array(lengths, dtype=np.int32), np.array(sizes, dtype=np.int64)
+    columns = _narrowed(np.concatenate(pieces)), np.array(lengths, dtype=np.int32), np.array(sizes, dtype=np.int64)
     return Tokenized(*columns, found, None if marked is None else np.concatenate([np.zeros(0, dtype=bool), *answers]))
+
+
+def _narrowed(tokens: Ids) -> NDArray[Any]:
+    assert not len(tokens) or tokens.max() < _tokenizer.vocab_size, "an id beyond the vocabulary would be another one in fewer bytes"
+    return tokens.astype(token_dtype(_tokenizer.vocab_size))
 
 
 class MarkedIds(NamedTuple):
     """Documents as ids, which of these are answers, and whether the text ends in one, so that its end is to be learnt too."""
 
-    ids: list[list[int]]
+    ids: list[Ids]
     answers: list[Bits]
     ends_in_answer: list[bool]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from prep_cases import TRICKY, texts
 
-from megatron_prism.data_prep import sentencepiece_model
-from megatron_prism.data_prep.tokenizer import _prepare, load_auto, load_encoder
+from megatron_prism.data_prep import sentencepiece_model, tokenizer
+from megatron_prism.data_prep.tokenizer import _prepare, _without_post_processor, load_auto, load_encoder
 from megatron_prism.data_prep.tokenizer import prepare_tokenizer as prepare_in_its_own_process
 from megatron_prism.errors import UserError
 
@@ -47,8 +47,29 @@ def test_nothing_is_added_even_where_the_tokenizer_puts_a_token_before_every_tex
     tokenizer.save(str(source / "tokenizer.json"))
     prepared = prepare_tokenizer(source, tmp_path / "copy")
     plain = prepare_tokenizer(tokenizer_folder, tmp_path / "plain")
-    assert list(load_encoder(prepared)(["a b"])) == list(load_encoder(plain)(["a b"]))
-    assert prepared.hash == plain.hash
+    ids, without = ([row.tolist() for row in load_encoder(each)(CORPUS)] for each in (prepared, plain))
+    assert ids == without and prepared.hash == plain.hash
+
+
+def test_a_post_processor_that_does_more_than_add_tokens_is_kept_and_others_are_left_out(tokenizer_folder):
+    from tokenizers import Tokenizer
+    from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
+    backend = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    added = [("<|pad|>", 1)]
+    backend.post_processor = Sequence([ByteLevel(trim_offsets=True), TemplateProcessing(single="<|pad|> $A", special_tokens=added)])
+    assert _without_post_processor(backend).post_processor is None and backend.post_processor is not None
+    backend.post_processor = TemplateProcessing(single="$A <|pad|> $A", special_tokens=added)
+    assert _without_post_processor(backend) is backend
+
+
+def test_texts_come_back_in_their_order_one_row_each_however_they_are_grouped(tokenizer_folder, tmp_path, monkeypatch):
+    prepared = prepare_in_its_own_process(tokenizer_folder, tmp_path)
+    alone = [row.tolist() for text in CORPUS for row in load_encoder(prepared)([text])]
+    for characters in (1, 20, 1 << 30):
+        monkeypatch.setattr(tokenizer, "GROUP_CHARACTERS", characters)
+        assert [row.tolist() for row in load_encoder(prepared)(CORPUS)] == alone
+    assert list(load_encoder(prepared)([])) == []
 
 
 def test_the_hash_is_that_of_the_ids_not_of_the_files(tokenizer_folder, tmp_path):
@@ -65,7 +86,7 @@ def test_workers_need_neither_torch_nor_transformers(tokenizer_folder, tmp_path)
     (tmp_path / "t.json").write_text(json.dumps(backend._asdict()))
     code = (
         "import json, sys; from megatron_prism.data_prep import worker; from megatron_prism.data_prep import tokenizer as t;"
-        f"print(t.load_encoder(t.Tokenizer(**json.load(open({str(tmp_path / 't.json')!r}))))(['a b']));"
+        f"print(list(t.load_encoder(t.Tokenizer(**json.load(open({str(tmp_path / 't.json')!r}))))(['a b'])));"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -79,7 +100,8 @@ def test_a_tokenizer_without_a_fast_backend_runs_through_transformers_without_to
     (tmp_path / "t.json").write_text(json.dumps(prepared._asdict()))
     code = (
         "import json, sys; from megatron_prism.data_prep import tokenizer as t;"
-        f"print(json.dumps(list(t.load_encoder(t.Tokenizer(**json.load(open({str(tmp_path / 't.json')!r}))))(['a b']))));"
+        f"rows = t.load_encoder(t.Tokenizer(**json.load(open({str(tmp_path / 't.json')!r}))))(['a b']);"
+        "print(json.dumps([row.tolist() for row in rows]));"
         "assert sys.modules.get('torch') is None"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
