@@ -72,8 +72,9 @@ class ClusterConfig(Block):
     """what partitions allow, by name: jobs are checked against it before they are queued"""
     cpus_per_node: Positive | None = None
     """cores to ask for on each node, shared out among its ranks; none: Slurm's own number"""
-    starter: Literal["srun", "torchrun"] = "srun"
-    """who starts the ranks: srun, which hands them signals and gives back their exit status, or one torchrun on each node"""
+    starter: Literal["srun", "torchrun", "ft_launcher"] = "srun"
+    """who starts the ranks: srun, which hands them signals and gives back their exit status, one torchrun on each node, or nvidia-resiliency-ext's
+    ft_launcher (pip install nvidia-resiliency-ext on the nodes), which starts them again without leaving the job, up to `requeues` times"""
     container: Line | None = None
     """container image, for clusters with pyxis"""
     mounts: tuple[Line, ...] = ()

@@ -11,16 +11,23 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import typer
+
 from megatron_prism import secrets
-from megatron_prism.errors import ERROR_FILE, UserError
+from megatron_prism.engine import run_folder
+from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, UserError
 from megatron_prism.launch.child import Child
 
-STOPPED_EARLY = 75
-"""Exit status when a stage ended well before its work was done (a wall-clock limit): the same command continues it (sysexits' EX_TEMPFAIL)."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""what asks a run to save and stop; torchrun by itself would die of the last two, and take its ranks along"""
+SECONDS_TO_SAVE = 300
+"""how long torchrun waits for its ranks after such a signal before it kills them; its own is 30"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,19 @@ def process_argv(job: Job, python: str = sys.executable) -> list[str]:
 
 def torchrun_argv(job: Job, rendezvous: Sequence[str] = ("--standalone",), python: str = sys.executable) -> list[str]:
     """torchrun's command line for one node. rendezvous: how the nodes find each other; the default is for one node alone."""
+    return _elastic_argv(job, [python, "-m", "torch.distributed.run"], rendezvous, restarts=0)
+
+
+def ft_launcher_argv(job: Job, rendezvous: Sequence[str], python: str, restarts: int) -> list[str]:
+    """The same under nvidia-resiliency-ext's launcher, which starts the ranks again within the job. Its heartbeats are off."""
+    launcher = [python, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", "--ignore-missing-fault-tol-cfg"]
+    quiet = ["--ft-initial-rank-heartbeat-timeout", "null", "--ft-rank-heartbeat-timeout", "null"]
+    return _elastic_argv(job, [*launcher, *quiet], rendezvous, restarts)
+
+
+def _elastic_argv(job: Job, launcher: list[str], rendezvous: Sequence[str], restarts: int) -> list[str]:
     assert job.nodes == 1 or tuple(rendezvous) != ("--standalone",), "several nodes need a rendezvous"
-    launcher = [python, "-m", "torch.distributed.run", *rendezvous, "--max-restarts", "0", "--nproc-per-node", str(job.ranks_per_node)]
-    return [*launcher, *process_argv(job)[1:]]
+    return [*launcher, *rendezvous, "--max-restarts", str(restarts), "--nproc-per-node", str(job.ranks_per_node), *process_argv(job)[1:]]
 
 
 def environment(job: Job, base: Mapping[str, str] | None = None, cores: int | None = None) -> dict[str, str]:
@@ -87,19 +104,63 @@ def environment(job: Job, base: Mapping[str, str] | None = None, cores: int | No
     return {**threads, **base, "PYTHONSAFEPATH": "1", **job.env}
 
 
-def run_local(job: Job, log: Path) -> Outcome:
-    """Run a job on this machine under torchrun; its output goes to our terminal and to the end of `log`. Errors: UserError for several nodes."""
+def torchrun_variables(seconds_to_save: int = SECONDS_TO_SAVE) -> dict[str, str]:
+    """What torchrun is told by its environment alone: the signals that it hands on, and how long it then waits before it kills its ranks."""
+    handed_on = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, *STOP_SIGNALS)
+    return {"PET_SIGNALS_TO_HANDLE": ",".join(sign.name for sign in handed_on), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(seconds_to_save)}
+
+
+def run_local(job: Job, log: Path, output: Path | None = None, restarts: int = 0) -> Outcome:
+    """Run a job on this machine under torchrun; its output goes to our terminal and to the end of `log`. Errors: UserError for several nodes.
+
+    restarts: how often it is started again when it failed, from one and the same checkpoint of `output`: a run that makes progress goes on for ever.
+    Bad input and a run that was told to stop never are.
+    """
     if job.nodes > 1:
         raise UserError(f"nodes={job.nodes}: this is one machine; drop nodes, or use prism launch slurm")
-    argv = torchrun_argv(job)
+    places: list[Path | None] = []
+    while True:
+        outcome = _run_once(job, log)
+        if outcome.status in (0, 2, STOPPED_EARLY):
+            return outcome
+        places.append(run_folder.newest(output) if output is not None else None)
+        times = places.count(places[-1])
+        if times > restarts:
+            return outcome
+        place = f"from {places[-1]}" if places[-1] is not None else "from the beginning"
+        typer.secho(f"failed ({outcome.message}); start {times} of at most {restarts} {place}", fg="yellow", err=True)
+
+
+def _run_once(job: Job, log: Path) -> Outcome:
+    title = shlex.join(map(secrets.mask, ["prism", *prism_arguments(job)])) + f"  # on {job.ranks} ranks"
     with tempfile.TemporaryDirectory(prefix="prism-") as folder:
-        error_file = Path(folder) / "error"
-        with Child(argv, {**environment(job), ERROR_FILE: str(error_file)}) as child:
-            output = child.copy_output(log, title=shlex.join(map(secrets.mask, ["prism", *prism_arguments(job)])) + f"  # on {job.ranks} ranks")
+        error, stopped = Path(folder) / "error", Path(folder) / "stopped"
+        ours = {ERROR_FILE: str(error), STOPPED_FILE: str(stopped)}
+        with Child(torchrun_argv(job), {**torchrun_variables(), **environment(job), **ours}) as child, _handing_on(child):
+            output = child.copy_output(log, title)
             status = child.wait()
-        if error_file.exists():
-            return Outcome(2, error_file.read_text(encoding="utf-8"))
+        if error.exists():
+            return Outcome(2, error.read_text(encoding="utf-8"))
+        if stopped.exists():
+            return Outcome(STOPPED_EARLY, stopped.read_text(encoding="utf-8").strip())
     return outcome_of(rank_status(output, status))
+
+
+@contextmanager
+def _handing_on(child: Child) -> Iterator[None]:
+    """Inside, what asks us to stop asks the ranks, by the signal that every torchrun hands on: they save, and their status is ours.
+
+    Only where signals can be heard: in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {sign: signal.signal(sign, lambda *_: child.process.terminate()) for sign in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
 
 
 def rank_status(output: str, status: int) -> int:

@@ -18,7 +18,7 @@ from megatron_prism.config import read_toml, validate
 from megatron_prism.errors import UserError
 from megatron_prism.launch import cluster, nemo, slurm
 from megatron_prism.launch.cluster import ClusterConfig
-from megatron_prism.launch.job import environment, run_local, torchrun_argv
+from megatron_prism.launch.job import STOPPED_EARLY, environment, run_local, torchrun_argv, torchrun_variables
 from megatron_prism.launch.pipeline import refuse_stale, run_pipeline, states
 from megatron_prism.launch.plan import StageEntry, Step, load_plan, single
 from megatron_prism.launch.record import Record
@@ -72,17 +72,20 @@ def _kind(recipe: Path) -> str:
     return word
 
 
-def local(target: Target, print_only: bool) -> None:
-    """Run it on this machine. Errors: SystemExit with the status of what failed."""
+def local(target: Target, print_only: bool, restarts: int = 0) -> None:
+    """Run it on this machine. restarts: as `run_local` takes it. Errors: SystemExit with the status of what failed, or was told to stop."""
     if target.is_pipeline:
-        run_pipeline(target.path, dry_run=print_only)
+        run_pipeline(target.path, dry_run=print_only, restarts=restarts)
         return
     (step,) = target.steps
     if print_only:
-        ours = environment(step.job, base={})
+        ours = {**torchrun_variables(), **environment(step.job, base={})}
         typer.echo(shlex.join([*(f"{key}={value}" for key, value in sorted(ours.items())), *torchrun_argv(step.job)]))
         return
-    outcome = run_local(step.job, step.log)
+    outcome = run_local(step.job, step.log, step.output, restarts)
+    if outcome.status == STOPPED_EARLY:
+        typer.secho(outcome.message, err=True)
+        raise SystemExit(outcome.status)
     if outcome.status:
         typer.secho(f"error: {outcome.message}; its output: {step.log}", fg="red", err=True)
         raise SystemExit(outcome.status)

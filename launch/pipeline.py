@@ -31,8 +31,8 @@ class State:
     why: str
 
 
-def run_pipeline(path: Path, dry_run: bool = False, remake: bool = False) -> None:
-    """Run a chain of stages. Every recipe is checked before the first one starts.
+def run_pipeline(path: Path, dry_run: bool = False, remake: bool = False, restarts: int = 0) -> None:
+    """Run a chain of stages. Every recipe is checked before the first one starts. restarts: as `run_local` takes it, for stages on many ranks.
 
     Errors: UserError for a bad pipeline or recipe, and for an output that is out of date (remake=True removes it instead);
     SystemExit with the failed stage's status otherwise.
@@ -48,7 +48,7 @@ def run_pipeline(path: Path, dry_run: bool = False, remake: bool = False) -> Non
         refuse_stale(plan)
     started, ran, record = time.monotonic(), 0, Record(path, plan, runner=True)
     record.write()
-    with _Workers() as workers:
+    with _Workers(restarts) as workers:
         for number, step in enumerate(plan, 1):
             ran += _advance(step, f"[{number}/{len(plan)}]", workers, record)
     typer.secho(f"pipeline done in {_duration(time.monotonic() - started)}: {ran} run, {len(plan) - ran} skipped", bold=True)
@@ -64,8 +64,9 @@ def refuse_stale(plan: list[Step]) -> None:
 class _Workers:
     """The worker process of one-process stages: started when one is needed, gone while torchrun has the machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, restarts: int) -> None:
         self._worker: Worker | None = None
+        self._restarts = restarts
 
     def __enter__(self) -> "_Workers":
         return self
@@ -78,7 +79,7 @@ class _Workers:
     def run(self, step: Step) -> Outcome:
         if step.parallel:
             self.release()
-            return run_local(step.job, step.log)
+            return run_local(step.job, step.log, step.output, self._restarts)
         if self._worker is None:
             self._worker = Worker()
         return self._worker.run(step.job, step.log)

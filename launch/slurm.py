@@ -2,8 +2,9 @@
 
 The ranks are started by srun itself, or by one torchrun on each node. They meet at the first node of the allocation, at the address by which Slurm
 reaches it. A job that its time limit stops, or that failed otherwise than by bad input, is queued again and goes on from its newest checkpoint.
-Beside the OUTPUT of a job lie OUTPUT.sbatch, OUTPUT.log, OUTPUT.job (its number), OUTPUT.error (a message for people) and OUTPUT.failures (the
-checkpoints after which it failed). Refuses: line breaks in what would stand in the script; what a partition allows is checked in launch/cluster.py.
+Beside the OUTPUT of a job lie OUTPUT.sbatch, OUTPUT.log, OUTPUT.job (its number), OUTPUT.error (a message for people), OUTPUT.stopped (it was
+told to stop) and OUTPUT.failures (the checkpoints after which it failed). Refuses: line breaks in what would stand in the script; what a partition
+allows is checked in launch/cluster.py.
 """
 
 import shlex
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from megatron_prism.artifact import COMPLETE, write_atomic
 from megatron_prism.config import TIMEOUT_MINUTES
-from megatron_prism.errors import ERROR_FILE, UserError
+from megatron_prism.errors import ERROR_FILE, STOPPED_FILE, UserError
 from megatron_prism.launch.cluster import ClusterConfig
-from megatron_prism.launch.job import STOPPED_EARLY, Job, environment, process_argv, torchrun_argv
+from megatron_prism.launch.job import STOPPED_EARLY, Job, environment, ft_launcher_argv, process_argv, torchrun_argv, torchrun_variables
 
 RENDEZVOUS = ("--nnodes", "$SLURM_NNODES", "--rdzv-backend", "c10d", "--rdzv-endpoint", "$MASTER_ADDR:$MASTER_PORT", "--rdzv-id", "$SLURM_JOB_ID")
 QUOTED_BY_HAND = frozenset(word for word in RENDEZVOUS if "$" in word)
@@ -30,8 +31,9 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export MASTER_ADDR MASTER_PORT"""
 
 ENDING = """\
+[[ ! -e {stopped} ]] || status={early}  # it was told to stop, and has saved
 [[ ! -e {error} ]] || status=2  # bad input: its message is above
-((status)) || [[ -e {output}/{complete} ]] || status={early}  # it was told to stop, and has saved
+((status)) || [[ -e {output}/{complete} ]] || status={early}  # it ended well, before its work was done
 # a job that Slurm itself has queued again, because a node was lost, is left alone
 if ((status != 0 && status != 2)) && [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]]; then
   place=$(ls -1d {output}/checkpoints/step_*/{complete} 2>/dev/null | tail -n 1) || true
@@ -54,7 +56,7 @@ def sbatch_script(job: Job, cluster: ClusterConfig, name: str, output: Path) -> 
     Errors: UserError for a line break in a path, a name or an override.
     """
     _refuse_line_breaks([name, str(output), *process_argv(job), *job.env, *job.env.values()])
-    settings: dict[str, str | int] = {key: shlex.quote(str(beside(output, f".{key}"))) for key in ("error", "failures")}
+    settings: dict[str, str | int] = {key: shlex.quote(str(beside(output, f".{key}"))) for key in ("error", "failures", "stopped")}
     settings |= {"output": shlex.quote(str(output)), "complete": COMPLETE, "early": STOPPED_EARLY, "requeues": cluster.requeues}
     parts = [
         "#!/bin/bash",
@@ -65,7 +67,7 @@ def sbatch_script(job: Job, cluster: ClusterConfig, name: str, output: Path) -> 
         *_exports(job, cluster, output),
         *([MEETING] if job.ranks > 1 else []),
         "",
-        f"rm -f {settings['error']}",
+        f"rm -f {settings['error']} {settings['stopped']}",
         "status=0",
         f"{_start(job, cluster)} || status=$?",
         "",
@@ -160,9 +162,9 @@ def job_variables(cluster: ClusterConfig) -> dict[str, str]:
 
 
 def _exports(job: Job, cluster: ClusterConfig, output: Path) -> list[str]:
-    ours = {ERROR_FILE: str(beside(output, ".error"))}
-    if cluster.starter == "torchrun":  # how long torchrun lets its ranks save before it kills them; its own is 30 seconds
-        ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(30, 60 * cluster.save_minutes - 30))
+    ours = {ERROR_FILE: str(beside(output, ".error")), STOPPED_FILE: str(beside(output, ".stopped"))}
+    if cluster.starter != "srun":
+        ours |= torchrun_variables(max(30, 60 * cluster.save_minutes - 30))
     values = environment(job, base={**ours, **job_variables(cluster)}, cores=cluster.cpus_per_node or job.ranks_per_node)
     return [f"export {key}={shlex.quote(value)}" for key, value in sorted(values.items())]
 
@@ -178,6 +180,8 @@ def _start(job: Job, cluster: ClusterConfig) -> str:
     words += cluster.srun
     if job.ranks > 1 and cluster.starter == "srun":
         started = ["bash", "-c", RANK_OF_SRUN.format(ranks=job.ranks_per_node), "rank", *process_argv(job, cluster.python)]
+    elif job.ranks > 1 and cluster.starter == "ft_launcher":
+        started = ft_launcher_argv(job, RENDEZVOUS, cluster.python, cluster.requeues)
     elif job.ranks > 1:
         started = torchrun_argv(job, RENDEZVOUS, cluster.python)
     else:

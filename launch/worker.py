@@ -17,7 +17,7 @@ from typing import Self
 
 from megatron_prism import stages
 from megatron_prism.config import load_recipe
-from megatron_prism.errors import UserError
+from megatron_prism.errors import STOPPED_EARLY, StoppedEarly, UserError
 from megatron_prism.launch.child import Child, readable
 from megatron_prism.launch.job import Job, Outcome, environment, outcome_of, prism_arguments
 
@@ -76,6 +76,8 @@ def _run(job: Job) -> Outcome:
         stage.run(load_recipe(job.recipe, job.overrides, stage.Config))
     except UserError as error:
         return Outcome(2, str(error))
+    except StoppedEarly as stopped:
+        return Outcome(STOPPED_EARLY, str(stopped))
     except SystemExit as error:
         if isinstance(error.code, str):
             return Outcome(1, error.code)

@@ -8,7 +8,8 @@
     prism verify CHECKPOINT|RUN [...]
     prism stage my.module RECIPE.toml    (a stage of your own)
 
-Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0.
+Bad input prints one message and exits with status 2. Under torchrun, what every rank would say is said by rank 0. A run that was told to stop, and
+has saved, exits with status 75: the same command goes on.
 """
 
 import os
@@ -23,7 +24,7 @@ import typer
 from megatron_prism import __version__, stages
 from megatron_prism.artifact import write_atomic
 from megatron_prism.config import blocks_in, load_recipe, validate
-from megatron_prism.errors import ERROR_FILE, UserError
+from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, StoppedEarly, UserError
 
 SECONDS_FOR_RANK_0 = 5.0
 
@@ -53,6 +54,15 @@ def main() -> None:
     except UserError as error:
         _report(str(error))
         raise SystemExit(2) from None
+    except StoppedEarly as stopped:
+        if STOPPED_FILE in os.environ:
+            write_atomic(Path(os.environ[STOPPED_FILE]), f"{stopped}\n")
+        raise SystemExit(_status_of_a_stop()) from None
+
+
+def _status_of_a_stop() -> int:
+    """75; but 0 under a launcher that would take it for a failure, and start again at once what was told to stop."""
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else STOPPED_EARLY
 
 
 def _yield_names_of_the_clone() -> None:
@@ -179,6 +189,7 @@ def run(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.toml")],
     dry_run: DryRun = False,
     remake: Annotated[bool, typer.Option("--remake", help="remove outputs that are out of date and make them again")] = False,
+    restarts: Annotated[int, typer.Option(min=0, help="how often a stage on many ranks that failed is started again from one checkpoint")] = 0,
 ) -> None:
     """Run a chain of stages, skipping what is done.
 
@@ -186,7 +197,7 @@ def run(
     """
     from megatron_prism.launch.pipeline import run_pipeline
 
-    run_pipeline(pipeline, dry_run=dry_run, remake=remake)
+    run_pipeline(pipeline, dry_run=dry_run, remake=remake, restarts=restarts)
 
 
 Targets = Annotated[list[str], typer.Argument(metavar="RECIPE|PIPELINE.toml [key.sub=value ...]", show_default=False)]
@@ -198,15 +209,18 @@ Hours = Annotated[float | None, typer.Option(help="wall-clock limit; of a pipeli
 ClusterFile = Annotated[Path | None, typer.Option(envvar="PRISM_CLUSTER", help="what the cluster wants to know; its keys: docs/launch.md")]
 Account = Annotated[str | None, typer.Option(help="account to charge; wins over the cluster file")]
 PartitionName = Annotated[str | None, typer.Option(help="partition to queue in; wins over the cluster file")]
+Restarts = Annotated[int, typer.Option(min=0, help="how often what failed is started again from one and the same checkpoint")]
 PrintOnly = Annotated[bool, typer.Option("--print", help="show what would be started; write nothing")]
 
 
 @launch.command("local")
-def launch_local(words: Targets, stage: StageOf = None, gpus: Gpus = None, ranks: Ranks = None, print_only: PrintOnly = False) -> None:
+def launch_local(
+    words: Targets, stage: StageOf = None, gpus: Gpus = None, ranks: Ranks = None, restarts: Restarts = 0, print_only: PrintOnly = False
+) -> None:
     """torchrun on this machine; a pipeline as prism run does it."""
     from megatron_prism.launch import launcher
 
-    launcher.local(launcher.read(words, stage, gpus=gpus, ranks=ranks), print_only)
+    launcher.local(launcher.read(words, stage, gpus=gpus, ranks=ranks), print_only, restarts)
 
 
 @launch.command("slurm")

@@ -1,4 +1,4 @@
-"""The one exception for people: what they gave us cannot work, and here is the rule, the values and the fix."""
+"""How a stage ends other than well: an error for people, with the rule, the values and the fix; or told to stop, before its work was done."""
 
 
 class UserError(ValueError):
@@ -12,3 +12,15 @@ class UserError(ValueError):
 
 ERROR_FILE = "PRISM_ERROR_FILE"
 """Environment variable: a file that receives the message of a UserError, for the launcher that started this process."""
+
+STOPPED_EARLY = 75
+"""Exit status of a stage that was told to stop (a signal, a time limit), has saved, and goes on when the same command is started again: "queue me
+again" (sysexits' EX_TEMPFAIL)."""
+
+STOPPED_FILE = "PRISM_STOPPED_FILE"
+"""Environment variable: a file that is made by a stage that was told to stop, for the launcher that started this process: torchrun answers 1 for
+whatever its ranks answer, and srun with the highest status of all tasks, among them those that it ended itself."""
+
+
+class StoppedEarly(Exception):  # noqa: N818
+    """No error: the stage was told to stop, and has saved. The command line exits with status 75."""

@@ -5,7 +5,6 @@ when its last checkpoint got what it was saved for: an export or an evaluation t
 thing at the next start. Owns: these decisions, and saving, exporting and evaluating. Knows nothing of what a step does.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +15,16 @@ from typing import Literal, Protocol
 from pydantic import BaseModel
 
 from megatron_prism import artifact
-from megatron_prism.engine import checkpoint, run_folder
+from megatron_prism.engine import checkpoint, run_folder, stop_signals, watchdog
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.metrics import MetricsLog, read_records
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.recipe import CheckpointSection, EvaluationSection, ExportSection
 from megatron_prism.engine.saving import Background
 from megatron_prism.engine.step import Engine
+from megatron_prism.engine.watchdog_settings import WatchdogSection
 from megatron_prism.engine.weights import export_hf
+from megatron_prism.errors import StoppedEarly
 
 HF_FILES = "hf_files"
 EVALUATION_SECONDS = "evaluation/seconds"
@@ -41,10 +42,11 @@ class Recipe(Protocol):
     checkpoint: CheckpointSection
     export: ExportSection | None
     evaluation: EvaluationSection | None
+    watchdog: WatchdogSection | None
 
 
 class Run(Protocol):
-    """What the calendar reads of a run in progress, on one rank. started: by time.monotonic; stop_asked: by SIGTERM to this rank.
+    """What the calendar reads of a run in progress, on one rank. started: by time.monotonic; stop_asked: by a signal to this rank.
 
     background: what writes checkpoints while the run goes on; None: nothing does.
     """
@@ -81,16 +83,6 @@ class Run(Protocol):
 
 
 @contextmanager
-def hearing_sigterm(run: Run) -> Iterator[None]:
-    """Inside, SIGTERM asks the run to stop after its step."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_asked", True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
 def ending_saves(run: Run) -> Iterator[None]:
     """However it ends inside, what is being written in the background is written to its end: the checkpoint of an earlier step is good."""
     try:
@@ -98,6 +90,20 @@ def ending_saves(run: Run) -> Iterator[None]:
     finally:
         if run.background is not None:
             run.background.end()
+
+
+@contextmanager
+def attended(run: Run) -> Iterator[None]:
+    """Inside, signals ask the run to stop after its step, a watchdog ends it when it makes no progress, and saves are ended. Called on every rank."""
+    watched = watchdog.watching(run.cfg.output, run.cfg.watchdog, lambda: run.progress.step)
+    with stop_signals.heard(lambda: setattr(run, "stop_asked", True)), ending_saves(run), watched:
+        yield
+
+
+def stopped_early(output: Path) -> None:
+    """At the end of a stage, on every rank, before the process groups end. Errors: StoppedEarly where its run is not finished."""
+    if not on_main(lambda: artifact.is_complete(output)):
+        raise StoppedEarly(f"{output} was told to stop, and has saved: start the same command again to go on")
 
 
 # --- when --------------------------------------------------------------------------------------------------------------------------------------
@@ -174,7 +180,8 @@ def save(run: Run, recipe: BaseModel, beside: Callable[[Path], None] | None = No
     begun, cfg = time.perf_counter(), run.cfg
     prune = partial(checkpoint.prune, cfg.output, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
     files = cfg.output / HF_FILES
-    folder = checkpoint.save(run.engine, cfg.output, run.progress, files, recipe, run.parents, beside, run.background, after=prune)
+    with watchdog.long_phase("save"):
+        folder = checkpoint.save(run.engine, cfg.output, run.progress, files, recipe, run.parents, beside, run.background, after=prune)
     _tell_saved(run)
     seconds = time.perf_counter() - begun
     said = f"saved {folder} in {seconds:.1f} s" if run.background is None else f"copied {folder} in {seconds:.1f} s, to be written in the background"
@@ -184,7 +191,8 @@ def save(run: Run, recipe: BaseModel, beside: Callable[[Path], None] | None = No
 def settle(run: Run) -> None:
     """Wait for what is written in the background: before a checkpoint is read, and before the run ends. Errors: the save's own, on every rank."""
     if run.background is not None:
-        run.background.wait()
+        with watchdog.long_phase("the end of a save"):
+            run.background.wait()
         _tell_saved(run)
 
 
@@ -197,14 +205,16 @@ def _tell_saved(run: Run) -> None:
 def _export(run: Run) -> None:
     assert run.cfg.export is not None
     output, dtype = _export_folder(run), run.cfg.export.dtype or run_dtype(run.cfg)
-    on_main(lambda: export_hf(_checkpoint(run), output, dtype))
+    with watchdog.long_phase("export"):
+        on_main(lambda: export_hf(_checkpoint(run), output, dtype))
     run.log.say(f"exported {output}")
 
 
 def _evaluate(run: Run) -> None:
     assert run.evaluate is not None, "the stage hands over what the recipe asks for"
     begun, step = time.perf_counter(), run.progress.step
-    scores = run.evaluate(_checkpoint(run))
+    with watchdog.long_phase("evaluation"):
+        scores = run.evaluate(_checkpoint(run))
     seconds = time.perf_counter() - begun
     shown = "  ".join(f"{name.removeprefix('evaluation/')} {100 * value:.1f} %" for name, value in scores.items() if not name.count("/") > 1)
     run.log.event(step, {**scores, EVALUATION_SECONDS: seconds}, f"evaluation at step {step} in {seconds:.1f} s: {shown}")

@@ -17,7 +17,21 @@ import torch.distributed as dist
 from megatron_prism import artifact
 from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.data_prep.history import consumption, describe_consumption, recorded
-from megatron_prism.engine import bad_steps, calendar, checkpoint, device, integrity, origin, parallel, recipe, recovery, run_folder, tp_overlap
+from megatron_prism.engine import (
+    bad_steps,
+    calendar,
+    checkpoint,
+    device,
+    integrity,
+    origin,
+    parallel,
+    recipe,
+    recovery,
+    run_folder,
+    stragglers,
+    tp_overlap,
+    watchdog,
+)
 from megatron_prism.engine.bad_steps import Memory
 from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
@@ -75,7 +89,7 @@ def train(cfg: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     run = build_run(cfg)
     run.evaluate = evaluate
     try:
-        with calendar.hearing_sigterm(run), calendar.ending_saves(run):
+        with calendar.attended(run):
             finished = _loop(run)
     finally:
         run.close()
@@ -94,7 +108,8 @@ def _loop(run: Run) -> bool:
         if report.applied and (every(cfg.log.interval, step) or run.is_last or step == 1):
             _log(run, report)
         if recovery.has_spiked(run, report):
-            recovery.roll_back(run, report)
+            with watchdog.long_phase("going back"):
+                recovery.roll_back(run, report)
             continue
         if cfg.validation and (every(cfg.validation.interval, step) or run.is_last):
             _validate(run)
@@ -215,12 +230,14 @@ def _step(run: Run) -> StepReport:
     progress.samples += cfg.global_batch
     progress.tokens += cfg.global_batch * cfg.data.seq_len
     if not report.applied:
-        recovery.leave_out(run, report, random_states)
+        with watchdog.long_phase("looking for the origin"):
+            recovery.leave_out(run, report, random_states)
     run.recent.append((time.perf_counter() - begun, cfg.global_batch * cfg.data.seq_len, run.data.waited_seconds - waited))
     return report
 
 
 def _log(run: Run, report: StepReport) -> None:
+    slow, lines = stragglers.report(run.engine.clock, run.engine.mesh, run.cfg.straggler_percent)
     if not run.is_main:
         return
     cfg, progress = run.cfg, run.progress
@@ -238,8 +255,11 @@ def _log(run: Run, report: StepReport) -> None:
         "eta_seconds": (cfg.steps - progress.step) * cfg.global_batch * cfg.data.seq_len / rate,
         **_utilization(run, rate),
         **_by_source("loss", report.by_source, run.data.names),
+        **slow,
     }
     run.log.step(progress.step, metrics, cfg.steps)
+    for line in lines:
+        run.log.say(line)
 
 
 def _utilization(run: Run, tokens_per_second: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from megatron_prism.engine import run_folder
 from megatron_prism.engine.bad_steps import BadStepsSection
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.schedule import ScheduleConfig
+from megatron_prism.engine.watchdog_settings import WatchdogSection
 from megatron_prism.errors import UserError
 from megatron_prism.families.components import Trainable
 from megatron_prism.families.extension import Extension, extended
@@ -215,6 +216,10 @@ class TrainConfig(Block):
     export: ExportSection | None = None
     evaluation: EvaluationSection | None = None
     bad_steps: BadStepsSection = BadStepsSection()
+    watchdog: WatchdogSection | None = Field(default=WatchdogSection(), exclude=True)
+    """what ends a run that hangs; none: nothing does before its process groups give up"""
+    straggler_percent: PositiveFloat | None = Field(default=30, exclude=True)
+    """a rank that takes so much more time for its own work than its peers is named in the log; none: nobody looks"""
     log: LogConfig = Field(default_factory=LogConfig)
 
     def extension(self, model: ModelConfig) -> Extension:

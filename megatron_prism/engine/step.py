@@ -1,8 +1,8 @@
 """One training step, and one forward-only pass, over a global batch."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import tee
 from typing import Any, TypeVar
 
@@ -12,10 +12,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_prism.engine import watchdog
 from megatron_prism.engine.data import MicroBatch, SampleReader
 from megatron_prism.engine.loss import LossParts, masked_loss
 from megatron_prism.engine.optimizer import Optimizer, set_learning_rate
 from megatron_prism.engine.parallel import Mesh
+from megatron_prism.engine.stragglers import Clock
 
 Batch = TypeVar("Batch", bound=MicroBatch)
 
@@ -26,12 +28,16 @@ class DivergenceError(RuntimeError):
 
 @dataclass
 class Engine:
-    """What a step needs: the wrapped chunks, their optimizer, this rank's mesh and device."""
+    """What a step needs: the wrapped chunks, their optimizer, this rank's mesh and device. clock: of what its own work takes."""
 
     model: list[DistributedDataParallel]
     optimizer: Optimizer
     mesh: Mesh
     device: torch.device
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.clock.device = self.device
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,11 @@ def train_step(engine: Engine, data: SampleReader, first_sample: int, lr: float,
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
     parts = forward_backward(engine, data, first_sample, forward_only=False)
+    watchdog.beat("the optimizer's step")
     set_learning_rate(engine.optimizer, lr, weight_decay)
     grad_norm, usable = engine.optimizer.step(parts)
     report = _over_all_ranks(engine, parts, grad_norm, signal, usable)
+    engine.clock.end_step(data.waited_seconds)
     if not report.applied:
         engine.optimizer.uncount()
     return report
@@ -101,6 +109,7 @@ def forward_backward(engine: Engine, data: SampleReader, first_sample: int, forw
         data.seq_len,
         lambda batch: masked_loss(batch, num_sources),
         forward_only,
+        clock=None if forward_only else engine.clock,
     )
     total = torch.zeros(num_sources, 2, dtype=torch.float64, device=engine.device)
     for report in reports:
@@ -116,17 +125,21 @@ def run_schedule(
     loss_of: Callable[[Batch], Callable[[Tensor], LossParts]],
     forward_only: bool,
     loss_is_masked_sum: bool = True,
+    clock: Clock | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run megatron-core's pipeline schedule over this rank's micro-batches; what the losses report, on the last stage (elsewhere nothing).
 
     loss_of: for a micro-batch, what makes a loss of each token's. loss_is_masked_sum: it is the sum over the loss mask, which spares the LM head a
-    product; any other function of the tokens' losses is right without.
+    product; any other function of the tokens' losses is right without. clock: of the forward passes.
     """
 
     def forward_step(batches: Iterator[Batch], chunk: Any) -> Any:
+        watchdog.beat("reading a micro-batch")
         batch = next(batches)
+        watchdog.beat("forward and backward")
         mask = batch.loss_mask if loss_is_masked_sum else None
-        output = chunk(batch.tokens, batch.positions, None, labels=batch.labels, loss_mask=mask, packed_seq_params=batch.packed_seq_params)
+        with nullcontext() if clock is None else clock.forward():
+            output = chunk(batch.tokens, batch.positions, None, labels=batch.labels, loss_mask=mask, packed_seq_params=batch.packed_seq_params)
         return output, loss_of(batch)
 
     streams = tee(batches, len(engine.model))  # each chunk draws every micro-batch, read once
@@ -148,6 +161,7 @@ def _over_all_ranks(engine: Engine, parts: Tensor, grad_norm: Tensor, signal: in
 
     Tensor-parallel ranks saw the same tokens: one speaks for all. The norm is the same everywhere, and so is whether the update was made.
     """
+    watchdog.beat("the step's exchange")
     counted = parts if engine.mesh.tp_rank == 0 else torch.zeros_like(parts)
     message = torch.cat([counted.flatten(), torch.full((1,), float(signal), dtype=torch.float64, device=engine.device)])
     dist.all_reduce(message)

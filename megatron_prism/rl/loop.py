@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_prism import artifact
-from megatron_prism.engine import calendar, checkpoint, device, integrity, parallel, run_folder
+from megatron_prism.engine import calendar, checkpoint, device, integrity, parallel, run_folder, watchdog
 from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.loop import build_engine, carry_model_files
@@ -89,8 +89,7 @@ def reinforce(cfg: RLConfig, evaluate: Evaluate | None = None) -> Path:
     with ExitStack() as closing:
         run = build_run(cfg, closing)
         run.evaluate = evaluate
-        closing.enter_context(calendar.hearing_sigterm(run))
-        closing.enter_context(calendar.ending_saves(run))
+        closing.enter_context(calendar.attended(run))
         finished = _loop(run)
     if finished and run.is_main:
         shutil.rmtree(cfg.output / generators.GENERATOR, ignore_errors=True)
@@ -308,7 +307,8 @@ def _judge(run: Run, found: dict[str, Any]) -> None:
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     begun = time.perf_counter()
-    yield
+    with nullcontext() if phase == "training" else watchdog.long_phase(phase):
+        yield
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begun

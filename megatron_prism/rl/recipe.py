@@ -16,6 +16,7 @@ from megatron_prism.engine import recipe, run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
 from megatron_prism.engine.recipe import CheckpointSection, EvaluationSection, ExportSection, ModelSection, TrainConfig
 from megatron_prism.engine.schedule import ScheduleConfig
+from megatron_prism.engine.watchdog_settings import WatchdogSection
 from megatron_prism.errors import UserError
 from megatron_prism.families.components import Trainable
 from megatron_prism.families.model_config import ModelConfig
@@ -107,6 +108,8 @@ class RLConfig(Block):
     evaluation: EvaluationSection | None = None
     alarms: AlarmConfig = AlarmConfig()
     samples: SamplesSection = SamplesSection()
+    watchdog: WatchdogSection | None = Field(default=WatchdogSection(), exclude=True)
+    """what ends a run that hangs; none: nothing does before its process groups give up"""
     log: LogConfig = Field(default_factory=LogConfig)
 
     @property

@@ -40,17 +40,20 @@ def dry_run(cfg: RLConfig) -> None:
 
 
 def run(cfg: RLConfig) -> Path:
-    """Train the policy, on every rank of the launch; returns the run's folder."""
+    """Train the policy, on every rank of the launch; returns the run's folder. Errors: StoppedEarly where it was told to stop."""
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     evaluate = None
     if cfg.evaluation is not None:
         from megatron_prism.evals.inline import InlineEvaluation
 
         evaluate = InlineEvaluation(cfg.training, cfg.evaluation)
-    from megatron_prism.engine import parallel
+    from megatron_prism.engine import calendar, parallel, watchdog
     from megatron_prism.rl import loop
 
+    watchdog.record_flights(cfg.output)
     try:
-        return loop.reinforce(cfg, evaluate)
+        loop.reinforce(cfg, evaluate)
+        calendar.stopped_early(cfg.output)
     finally:
         parallel.stop()
+    return cfg.output

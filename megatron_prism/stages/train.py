@@ -1,7 +1,7 @@
 """Train: a checkpoint (or random weights) and a blend become checkpoints, on any number of ranks under torchrun.
 
 An output folder that was begun by the same recipe is taken up at its newest complete checkpoint. The run is finished, and COMPLETE, after
-`steps` steps; one that stopped at its time limit or on SIGTERM is not, and goes on when it is started again.
+`steps` steps; one that stopped at its time limit or on a signal is not (status 75), and goes on when it is started again.
 """
 
 import os
@@ -31,7 +31,7 @@ def dry_run(cfg: TrainConfig) -> None:
 
 
 def run(cfg: TrainConfig) -> Path:
-    """Train, on every rank of the launch; returns the run's folder."""
+    """Train, on every rank of the launch; returns the run's folder. Errors: StoppedEarly where it was told to stop."""
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     data_plan.check(cfg)
     evaluate = None
@@ -39,9 +39,12 @@ def run(cfg: TrainConfig) -> Path:
         from megatron_prism.evals.inline import InlineEvaluation
 
         evaluate = InlineEvaluation(cfg, cfg.evaluation)
-    from megatron_prism.engine import loop, parallel
+    from megatron_prism.engine import calendar, loop, parallel, watchdog
 
+    watchdog.record_flights(cfg.output)
     try:
-        return loop.train(cfg, evaluate)
+        loop.train(cfg, evaluate)
+        calendar.stopped_early(cfg.output)
     finally:
         parallel.stop()
+    return cfg.output

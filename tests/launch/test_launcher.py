@@ -203,6 +203,7 @@ def test_local_prints_the_command_and_passes_a_ranks_refusal_on(project: Path) -
     words = ("local", "recipe.toml", "--stage", "stages_of_ours.own_stage", "--ranks", "2")
     shown = _launch(project, *words, "--print")
     assert shown.returncode == 0 and "PYTHONSAFEPATH=1" in shown.stdout
+    assert "PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT,SIGTERM,SIGUSR1,SIGUSR2 " in shown.stdout
     assert "-m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 2 -m megatron_prism stage stages_of_ours" in shown.stdout
     assert not (project / "runs").exists()
     refused = _launch(project, *words, "ending=refuse on rank 1")

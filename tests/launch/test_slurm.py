@@ -41,7 +41,8 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=WARN
 export NCCL_SOCKET_IFNAME=ib0
 export OMP_NUM_THREADS=8
-export PRISM_ERROR_FILE='runs/my run.error'
+{torchrun}export PRISM_ERROR_FILE='runs/my run.error'
+export PRISM_STOPPED_FILE='runs/my run.stopped'
 export PRISM_TIMEOUT_MINUTES=20
 export PYTHONSAFEPATH=1
 {variables}read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -49,7 +50,7 @@ MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\(
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export MASTER_ADDR MASTER_PORT
 
-rm -f 'runs/my run.error'
+rm -f 'runs/my run.error' 'runs/my run.stopped'
 status=0
 """
 SRUN = """\
@@ -58,6 +59,10 @@ srun --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=8 --mpi=none \\
     -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=8; exec "$@"' rank python \\
     -m megatron_prism train 'recipes/my run.toml' steps=200 || status=$?
 """
+OF_TORCHRUN = {
+    "torchrun": "export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT,SIGTERM,SIGUSR1,SIGUSR2\n",
+    "variables": "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570\n",
+}
 TORCHRUN = """\
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64 --mpi=none \\
   python \\
@@ -70,9 +75,15 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64 --mpi=none \\
     --nproc-per-node 8 \\
     -m megatron_prism train 'recipes/my run.toml' steps=200 || status=$?
 """
+FT_LAUNCHER = TORCHRUN.replace("--max-restarts 0", "--max-restarts 3").replace(
+    "    -m torch.distributed.run \\\n",
+    "    -m nvidia_resiliency_ext.fault_tolerance.launcher \\\n    --ignore-missing-fault-tol-cfg \\\n"
+    "    --ft-initial-rank-heartbeat-timeout null \\\n    --ft-rank-heartbeat-timeout null \\\n",
+)
 TAIL = """
+[[ ! -e 'runs/my run.stopped' ]] || status=75  # it was told to stop, and has saved
 [[ ! -e 'runs/my run.error' ]] || status=2  # bad input: its message is above
-((status)) || [[ -e 'runs/my run'/COMPLETE ]] || status=75  # it was told to stop, and has saved
+((status)) || [[ -e 'runs/my run'/COMPLETE ]] || status=75  # it ended well, before its work was done
 # a job that Slurm itself has queued again, because a node was lost, is left alone
 if ((status != 0 && status != 2)) && [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
   place=$(ls -1d 'runs/my run'/checkpoints/step_*/COMPLETE 2>/dev/null | tail -n 1) || true
@@ -100,7 +111,7 @@ STAGE = """
 import os
 from pathlib import Path
 from megatron_prism.config import Block
-from megatron_prism.errors import UserError
+from megatron_prism.errors import StoppedEarly, UserError
 
 class Config(Block):
     output: Path
@@ -115,6 +126,8 @@ def run(cfg):
     (cfg.output / e["RANK"]).write_text(f"{e['WORLD_SIZE']} {e['LOCAL_RANK']} {e['LOCAL_WORLD_SIZE']} {e['OMP_NUM_THREADS']} {e['MASTER_ADDR']}")
     if cfg.ending == "refuse":
         raise UserError("count must be prime and even")
+    if cfg.ending == "stop":
+        raise StoppedEarly("told to stop")
     if cfg.ending == "raise":
         raise RuntimeError("the numbers ran out")
     if cfg.ending == "well":
@@ -125,13 +138,14 @@ ODD = 'it\'s $HOME `x` "q" 100% \\ #1 ünï'
 
 def test_the_script_in_which_srun_starts_the_ranks_is_this_text_and_bash_reads_it() -> None:
     script = sbatch_script(JOB, PLACE, "midtrain", Path("runs/my run"))
-    assert script == HEAD.format(tasks=8, cpus=8, variables="") + SRUN + TAIL
+    assert script == HEAD.format(tasks=8, cpus=8, torchrun="", variables="") + SRUN + TAIL
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_the_script_in_which_torchrun_starts_the_ranks_is_this_text_and_bash_reads_it() -> None:
-    script = sbatch_script(JOB, PLACE.model_copy(update={"starter": "torchrun"}), "midtrain", Path("runs/my run"))
-    assert script == HEAD.format(tasks=1, cpus=64, variables="export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570\n") + TORCHRUN + TAIL
+@pytest.mark.parametrize(("starter", "started"), [("torchrun", TORCHRUN), ("ft_launcher", FT_LAUNCHER)])
+def test_the_script_in_which_torchrun_or_its_kin_starts_the_ranks_is_this_text_and_bash_reads_it(starter: str, started: str) -> None:
+    script = sbatch_script(JOB, PLACE.model_copy(update={"starter": starter}), "midtrain", Path("runs/my run"))
+    assert script == HEAD.format(tasks=1, cpus=64, **OF_TORCHRUN) + started + TAIL
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -193,6 +207,13 @@ def test_a_job_that_was_stopped_or_failed_is_queued_again_and_given_up_where_it_
     (project / "restarts").write_text("1")
     assert "times now" not in _run(project, ending="raise", ranks=2).stderr
     assert (project / "requeued").read_text() == "4711\n4711\n", "Slurm has queued it again itself"
+
+
+@pytest.mark.parametrize("starter", ["srun", "torchrun"])
+def test_told_to_stop_is_status_75_whatever_those_answer_who_started_the_ranks(project: Path, starter: str) -> None:
+    stopped = _run(project, starter, ending="stop", ranks=2)
+    assert stopped.returncode == 75 and "status 75, 1 times now after nothing" in stopped.stderr
+    assert (project / "requeued").read_text() == "4711\n"
 
 
 @pytest.mark.parametrize("starter", ["srun", "torchrun"])

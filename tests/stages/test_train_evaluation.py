@@ -20,7 +20,7 @@ from megatron_prism import artifact
 from megatron_prism.config import load_recipe, to_toml, validate
 from megatron_prism.engine import checkpoint, run_folder
 from megatron_prism.engine.recipe import TrainConfig
-from megatron_prism.errors import UserError
+from megatron_prism.errors import StoppedEarly, UserError
 from megatron_prism.evals.frames import records
 from megatron_prism.evals.inline import apart
 from megatron_prism.stages import evaluate, train
@@ -149,7 +149,8 @@ def test_a_resumed_run_evaluates_each_step_once(root: Path, unbroken: Path, stop
 def test_a_run_that_is_asked_to_stop_stops_and_evaluates_when_it_goes_on(root: Path, unbroken: Path) -> None:
     run = root / "stopped"
     settings = {"checkpoint__save_interval": 1, "evaluation__interval": 1, "steps": 2}
-    train.run(config(root, run, time_limit_minutes=1e-6, **settings))
+    with pytest.raises(StoppedEarly):
+        train.run(config(root, run, time_limit_minutes=1e-6, **settings))
     assert scores(run) == [] and run_folder.newest(run) == run_folder.step_folder(run, 1)
     train.run(config(root, run, **settings))
     assert [line["step"] for line in scores(run)] == [1, 2]
@@ -157,7 +158,8 @@ def test_a_run_that_is_asked_to_stop_stops_and_evaluates_when_it_goes_on(root: P
 
 def test_a_stop_at_the_last_step_leaves_the_evaluation_owed_and_the_run_unfinished(root: Path) -> None:
     run, settings = root / "stopped_at_last", {"checkpoint__save_interval": 1, "evaluation__interval": 1, "steps": 1}
-    train.run(config(root, run, time_limit_minutes=1e-6, **settings))
+    with pytest.raises(StoppedEarly):
+        train.run(config(root, run, time_limit_minutes=1e-6, **settings))
     assert scores(run) == [] and not artifact.is_complete(run)
     train.run(config(root, run, **settings))
     assert [line["step"] for line in scores(run)] == [1] and artifact.is_complete(run)

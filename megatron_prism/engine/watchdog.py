@@ -1,0 +1,262 @@
+"""A run that hangs is ended, and says which rank was behind, and where.
+
+Each rank tells what it is about (`beat`, `long_phase`), and a thread of its own looks whether that moves on. Nothing is exchanged while all is well:
+the first rank that finds itself late leaves a call in OUTPUT/watchdog, each rank's thread answers with what it is about, where its main thread
+stands, the stacks of all its threads and torch's record of its last collectives, and one of them writes who was behind (`hang_report`). A rank that
+does not answer is stopped, dead, or holds Python's lock in compiled code. Then all end with status 1. Files need no process group that works.
+Owns: OUTPUT/watchdog, and when to end. Refuses nothing: without a timeout it does not look.
+"""
+
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_prism.artifact import write_atomic
+from megatron_prism.engine import hang_report
+from megatron_prism.engine.hang_report import Answer
+from megatron_prism.engine.ranks import on_main
+from megatron_prism.engine.watchdog_settings import WatchdogSection
+
+FOLDER = "watchdog"
+CALL = "call"
+STATUS = 1
+MOST_SECONDS_BETWEEN_LOOKS = 5.0
+FLIGHT_SECONDS = 5.0
+"""how long to wait for torch's record of collectives, whose writing may hang with what it records"""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What this rank is about since when, by time.monotonic; number: beats before it; is_long: whether it may take long."""
+
+    phase: str = "start"
+    since: float = 0.0
+    number: int = 0
+    is_long: bool = False
+
+
+_now = Beat()
+_depth = 0
+"""how many long phases this rank is in"""
+
+
+def beat(phase: str) -> None:
+    """This rank makes progress, and is about this from now on."""
+    global _now
+    _now = Beat(phase, time.monotonic(), _now.number + 1, _depth > 0)
+
+
+@contextmanager
+def long_phase(phase: str) -> Iterator[None]:
+    """What is done inside may take long, and shows no progress of its own."""
+    global _depth
+    _depth += 1
+    beat(phase)
+    try:
+        yield
+    finally:
+        _depth -= 1
+        beat(f"after {phase}")
+
+
+def record_flights(output: Path) -> None:
+    """Have torch record its last collectives, on NCCL with a dump into OUTPUT/watchdog when one times out. Before the process groups start."""
+    prefix = str((output / FOLDER / "flight_").absolute())
+    wanted = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": prefix, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def watching(output: Path, section: WatchdogSection | None, step: Callable[[], int]) -> Iterator[None]:
+    """Inside, this rank is looked after. step: those that are done. Called on every rank at once; files of an earlier hang are kept, numbered."""
+    folder = output / FOLDER
+    on_main(lambda: _make_room(folder))
+    if section is None:
+        yield
+        return
+    beat("the first step")
+    watchdog = Watchdog(folder, section, step)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
+def _make_room(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        number = next(number for number in range(1, 10_000) if not folder.with_name(f"{FOLDER}_{number:03d}").exists())
+        folder.rename(folder.with_name(f"{FOLDER}_{number:03d}"))
+    folder.mkdir(exist_ok=True)
+
+
+class Watchdog(threading.Thread):
+    """The thread that looks after one rank."""
+
+    def __init__(self, folder: Path, section: WatchdogSection, step: Callable[[], int]) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        import torch.distributed as dist
+
+        self.folder, self.step = folder, step
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.seconds, self.long_seconds = 60 * section.timeout_minutes, 60 * section.long_timeout_minutes
+        self.interval = min(MOST_SECONDS_BETWEEN_LOOKS, self.seconds / 10)
+        self.patience = min(60.0, max(3.0, self.seconds / 4))
+        """how long to wait for the answers of the others"""
+        self.first_step = step()
+        self.launcher = os.getppid() if "RANK" in os.environ else None
+        self.beside = _ranks_beside()
+        self._seen = Beat()
+        self._lost = 0.0
+        """seconds of this beat in which this process itself did not run"""
+        self._ended = threading.Event()
+
+    def stop(self) -> None:
+        """Look no longer."""
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look, until the run is over."""
+        looked = time.monotonic()
+        while not self._ended.wait(self.interval):
+            now = time.monotonic()
+            self._look(pause=now - looked - self.interval)
+            looked = now
+        faulthandler.cancel_dump_traceback_later()
+
+    def _look(self, pause: float) -> None:
+        seen = _now
+        self._lost = 0.0 if seen.number != self._seen.number else self._lost + (pause if pause > self.interval + 1 else 0.0)
+        self._seen = seen
+        may_take = self.long_seconds if seen.is_long or self.step() == self.first_step else self.seconds
+        late = time.monotonic() - seen.since - self._lost > may_take
+        if late or (self.folder / CALL).exists():
+            self._answer_and_end(seen, late)
+        gone = self._missed()
+        if gone is not None:
+            print(f"rank {self.rank}: {gone}; so this rank ends", file=sys.stderr, flush=True)
+            os._exit(STATUS)
+        # Where compiled code keeps Python's lock this thread stands still; faulthandler's does not, and shows the stacks.
+        faulthandler.dump_traceback_later(may_take + self.patience)
+
+    def _missed(self) -> str | None:
+        """Who is no longer there without whom this rank can only hang: the process that started it, or a rank beside it."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            return "the process that started it is gone"
+        dead = [pid for pid in self.beside if not _is_there(pid)]
+        return f"a rank beside it has ended (process {dead[0]})" if dead else None
+
+    def _answer_and_end(self, seen: Beat, late: bool) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if late:
+            with suppress(OSError):
+                (self.folder / CALL).touch()
+        self._answer(seen, late)
+        answers = self._others()
+        if self.rank == min(answers):
+            found = hang_report.judge(answers, self.ranks)
+            print(found.text(self.folder), file=sys.stderr, flush=True)
+            write_atomic(self.folder / hang_report.TEXT, found.text(self.folder) + "\n")
+            write_atomic(self.folder / hang_report.RECORD, json.dumps(found.record(), indent=1) + "\n")
+        else:
+            _wait(lambda: (self.folder / hang_report.RECORD).exists(), self.patience)
+        self._end_the_stopped()
+        os._exit(STATUS)
+
+    def _answer(self, seen: Beat, late: bool) -> None:
+        """OUTPUT/watchdog/rank_N.txt, flight_N and then rank_N.json."""
+        main = sys._current_frames()[threading.main_thread().ident or 0]
+        flights = _flights(self.folder / f"flight_{self.rank}")
+        answer = Answer(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            step=self.step() + 1,
+            phase=seen.phase,
+            number=seen.number,
+            seconds=round(time.monotonic() - seen.since, 1),
+            late=late,
+            place=hang_report.place(main),
+            waits_in=hang_report.collective(main),
+            collectives=flights,
+        )
+        with (self.folder / f"rank_{self.rank}.txt").open("w", encoding="utf-8") as file:
+            file.write(f"{answer.line()}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        write_atomic(self.folder / f"rank_{self.rank}.json", json.dumps(asdict(answer)) + "\n")
+
+    def _others(self) -> dict[int, Answer]:
+        """The answers of all ranks; of those that come in time."""
+        paths = {rank: self.folder / f"rank_{rank}.json" for rank in range(self.ranks)}
+        _wait(lambda: all(path.exists() for path in paths.values()), self.patience)
+        return {rank: Answer(**json.loads(path.read_text(encoding="utf-8"))) for rank, path in paths.items() if path.exists()}
+
+    def _end_the_stopped(self) -> None:
+        """A rank that was stopped (SIGSTOP) hears nothing but SIGKILL, and its launcher would wait for it."""
+        for pid in self.beside:
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if process.status() == psutil.STATUS_STOPPED:
+                    process.send_signal(signal.SIGKILL)
+
+
+def _ranks_beside() -> list[int]:
+    """The processes of the other ranks of this machine; none where torchrun did not start them."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    own = psutil.Process()
+    with suppress(psutil.Error):
+        beside = psutil.Process(own.ppid()).children()
+        return [process.pid for process in beside if process.pid != own.pid and process.cmdline() == own.cmdline()]
+    return []
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _flights(path: Path) -> dict[str, dict[str, str]]:
+    """torch's record of this rank's collectives: to a file, for torch's own fr_trace, and the last of each group; empty where there is none."""
+    found: dict[str, dict[str, str]] = {}
+
+    def ask() -> None:
+        c10d: Any = importlib.import_module("torch._C._distributed_c10d")
+
+        with suppress(Exception):  # of use where it is, and no reason to end otherwise
+            path.write_bytes(_first(c10d, "_dump_nccl_trace", "_dump_fr_trace")())
+            text: Any = _first(c10d, "_dump_nccl_trace_json", "_dump_fr_trace_json")()
+            found.update(json.loads(text).get("pg_status", {}))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(FLIGHT_SECONDS)
+    return dict(found)
+
+
+def _first(module: Any, *names: str) -> Any:
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
