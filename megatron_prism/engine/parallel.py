@@ -67,6 +67,16 @@ def start(device: torch.device, timeout_minutes: int | None = None) -> None:
         dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes))
 
 
+def host_group() -> dist.ProcessGroup | None:
+    """A group of all ranks through host memory, for a thread that exchanges words while the main thread does other things; None for one rank.
+
+    Called on every rank at the same point.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=_timeout_minutes))
+
+
 def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
     """Build megatron-core's groups for a plan, unless those of this layout are there already, and seed its random number trackers."""
     global _layout

@@ -9,6 +9,7 @@ neither the order of the steps' collectives nor their timing matters. One save a
 Owns: that, the room on the disk that a save needs, and what a failed one says. Called on every rank. Refuses: a save that the disk has no room for.
 """
 
+import copy
 import io
 import logging
 import shutil
@@ -16,7 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_prism import artifact, checksums
 from megatron_prism.checksums import Checksum, Summing
-from megatron_prism.engine import mcore
+from megatron_prism.engine import mcore, parallel
 from megatron_prism.engine.mcore import ShardedPlan
 from megatron_prism.engine.ranks import concluded, on_all, on_main
 from megatron_prism.engine.sharded import BACKENDS, COMMON, CONFIG, METADATA, alone, without_crc
@@ -65,6 +68,8 @@ def carry_out(plan: ShardedPlan, complete: Callable[[], None], group: dist.Proce
             _finish(plan, written)
             complete()
 
+    if any(isinstance(data, Tensor) and data.is_cuda for _, data in plan.items):
+        torch.cuda.synchronize()  # threads read what this one's streams compute
     concluded(lambda: _write(plan), finish, group)
 
 
@@ -76,7 +81,9 @@ def _write(plan: ShardedPlan) -> Written:
         buffer = io.BytesIO()
         torch.save(plan.common, buffer)
         found.files[COMMON] = _write_file(plan.folder / COMMON, lambda file: [file.write(buffer.getbuffer())])[1]
-    with without_crc(), ThreadPoolExecutor(FILES_PER_RANK) as pool:
+    device = next((data.device for _, data in plan.items if isinstance(data, Tensor) and data.is_cuda), None)
+    use_it = None if device is None else partial(torch.cuda.set_device, device)  # a new thread's is GPU 0
+    with without_crc(), ThreadPoolExecutor(FILES_PER_RANK, initializer=use_it) as pool:
         jobs = [pool.submit(_write_file, plan.folder / name, _all_of(items, name)) for name, items in shares]
     for (name, _), job in zip(shares, jobs, strict=True):
         results, found.files[name] = job.result()
@@ -200,7 +207,8 @@ class Background:
         self._thread: threading.Thread | None = None
         self._group: dist.ProcessGroup | None = None
         self._room: Tensor | None = None
-        self._error: Exception | None = None
+        self._pinned = False
+        self._error: BaseException | None = None
         self._saved: list[tuple[Path, float]] = []
 
     @property
@@ -219,18 +227,18 @@ class Background:
         Errors: those of the save before this one.
         """
         self.wait()
-        if self._group is None and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+        self._group = self._group or parallel.host_group()
         begun, copied = time.perf_counter(), self._copied(plan)
 
         def work() -> None:
             try:
                 carry_out(copied, complete, self._group)
                 self._saved.append((plan.folder.parent, time.perf_counter() - begun))
-            except Exception as error:  # told by `wait`
-                if dist.get_rank() == 0:
-                    give_up()
+            except BaseException as error:  # whatever it is, `wait` tells it
                 self._error = error
+                if dist.get_rank() == 0:
+                    with suppress(OSError):
+                        give_up()
 
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
@@ -250,12 +258,18 @@ class Background:
             self.wait()
         except Exception as error:
             logger.error("the checkpoint in the background was not saved: %s", error)
+        self._free()
 
     def news(self) -> list[tuple[Path, float]]:
         """The checkpoints that became complete since this was asked last, with the seconds that each took."""
         saved = self._saved[:]
         del self._saved[: len(saved)]
         return saved
+
+    def _free(self) -> None:
+        if self._room is not None and self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._room.data_ptr())
+        self._room = None
 
     def _copied(self, plan: ShardedPlan) -> ShardedPlan:
         """The plan over copies in host memory, one buffer that is kept for the next save: pages that were used before are copied to much faster."""
@@ -265,21 +279,22 @@ class Background:
             starts.append(end)
             end += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if self._room is None or self._room.numel() < end:
-            self._room = None  # the old one first
-            self._room = _host_memory(end, pinned=any(tensor.is_cuda for tensor in tensors))
+            self._free()
+            self._room = torch.empty(end, dtype=torch.uint8)
+            self._pinned = any(tensor.is_cuda for tensor in tensors) and _pin(self._room)
         room, places = self._room, iter(starts)
         items = [(item, _copy_into(room, next(places), data) if isinstance(data, Tensor) else data) for item, data in plan.items]
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return replace(plan, items=items)
+        return replace(plan, items=items, common=copy.deepcopy(plan.common))
 
 
-def _host_memory(count: int, pinned: bool) -> Tensor:
-    """Uninitialised bytes. Pinned: registered as they are, for torch's own pinned memory comes in powers of two."""
-    room = torch.empty(count, dtype=torch.uint8)
-    if pinned and count:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), count, 0))
-    return room
+def _pin(room: Tensor) -> bool:
+    """Register memory as it is: torch's own pinned memory comes in powers of two. Where that is not allowed, copies take longer, and that is all."""
+    status = int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), room.numel(), 0))
+    if status:
+        logger.warning("%s of host memory for checkpoints cannot be pinned (CUDA error %d): copying to it takes longer", _gib(room.numel()), status)
+    return status == 0
 
 
 def _copy_into(room: Tensor, start: int, tensor: Tensor) -> Tensor:
