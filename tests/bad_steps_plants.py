@@ -134,3 +134,18 @@ def poison(*windows: range) -> Plant:
         reader._read_into = read_into
 
     return plant
+
+
+SPIKE: dict[str, Any] = {
+    "steps": 18,
+    "checkpoint__save_interval": 2,
+    "checkpoint__keep_last": None,
+    "schedule__kind": "constant",
+    "bad_steps__spike__window": 4,
+    "bad_steps__spike__deviations": None,
+    "bad_steps__spike__ratio": 1.1,
+    "bad_steps__spike__max_rollbacks": 2,
+}
+SPIKE_SET = [f"{key.replace('__', '.')}={'none' if value is None else value}" for key, value in SPIKE.items()]
+POISON = poison(range(64, 80), range(128, 144))
+"""Steps 9 and 10 jump: back to step 6, and 8 to 11 are left out, 32 samples. Then 13 and 14: back to step 10, and 12 to 15 are left out."""

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from bad_steps_plants import SAMPLE, Plant, Planted, activation, gradient, gradient_of_output, weight
+from bad_steps_plants import POISON, SAMPLE, SPIKE_SET, Plant, Planted, activation, gradient, gradient_of_output, weight
 
 from megatron_prism.config import load_recipe
 from megatron_prism.engine import loop, parallel
@@ -23,6 +23,7 @@ CASES: dict[str, tuple[list[str], Plant]] = {
     "cp, activation": (["parallel.cp=2"], activation(0, "self_attention.linear_qkv", rank=1)),
     "dp, sample": ([], activation(1, "mlp", rank=SAMPLE % 2, sample=SAMPLE)),
     "dp, sample, skipped": (["bad_steps.on_nan=skip"], activation(1, "mlp", rank=SAMPLE % 2, sample=SAMPLE)),
+    "dp, spike": (SPIKE_SET, POISON),
 }
 
 

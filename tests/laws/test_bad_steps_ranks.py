@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_steps_plants import SAMPLE, Planted, activation
+from bad_steps_plants import POISON, SAMPLE, SPIKE_SET, Planted, activation
 from multirank import run_ranks
 from training import from_random, largest_difference, metrics, recipe
 
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import loop, run_folder
+from megatron_prism.engine import bad_steps, loop, run_folder
 from megatron_prism.engine.recipe import TrainConfig
 
-pytestmark = pytest.mark.usefixtures("leave_groups")
+pytestmark = [pytest.mark.usefixtures("leave_groups"), pytest.mark.slow]
 RANK_1 = {"rank": 1, "tp": 0, "pp": 0, "cp": 0, "dp": 0}
 COMMON = {"steps": 3, "bad_steps__max_skipped": 1}
 
@@ -82,3 +82,15 @@ def test_a_step_that_one_rank_s_sample_spoilt_is_left_out_on_all_of_them(runs):
         progress = run_folder.read_state(newest)["progress"]
         assert progress["step"] == 3 and progress["samples"] == 24
         assert progress["data"]["bad_steps"] == {"skipped": [{"step": 2, "first_sample": 8, "samples": 8}]}
+
+
+def test_ranks_go_back_together_and_leave_out_the_same_samples_as_one_rank_does(runs):
+    cfg = load_recipe(None, [*json.loads((runs / "common.json").read_text()), f"output={runs / 'alone, spike'}", *SPIKE_SET], TrainConfig)
+    with Planted(POISON):
+        loop.train(cfg)
+    name = "dp, spike"
+    assert (runs / f"{name}_1.txt").read_text() == "finished"
+    for (_, found), (_, wanted) in zip(bad_steps.rollbacks(runs / name), bad_steps.rollbacks(runs / "alone, spike"), strict=True):
+        assert all(found[key] == wanted[key] for key in ("step", "to_step", "first_sample", "num_samples"))
+    assert [line["step"] for line in metrics(runs / name)] == list(range(1, 19))
+    assert largest_difference(metrics(runs / name), metrics(runs / "alone, spike")) < 1e-4

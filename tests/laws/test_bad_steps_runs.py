@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from bad_steps_plants import SAMPLE, Plant, Planted, activation, gradient, poison, weight
+from bad_steps_plants import POISON, SAMPLE, Plant, Planted, activation, gradient, weight
+from bad_steps_plants import SPIKE as PLANTED_SPIKE
 from training import differing, final_state, from_random, metrics, recipe
 
 from megatron_prism import artifact
@@ -148,18 +149,7 @@ def test_what_does_not_happen_again_is_said_to_be_so(root, tmp_path):
 
 # --- spikes --------------------------------------------------------------------------------------------------------------------------------------
 
-SPIKE = {
-    "steps": 18,
-    "checkpoint__save_interval": 2,
-    "schedule__kind": "constant",
-    "hidden_dropout": 0.05,
-    "bad_steps__spike__window": 4,
-    "bad_steps__spike__deviations": None,
-    "bad_steps__spike__ratio": 1.1,
-    "bad_steps__spike__max_rollbacks": 2,
-}
-POISON = poison(range(64, 80), range(128, 144))
-"""Steps 9 and 10 jump: back to step 6, and 8 to 11 are left out, 32 samples. Then 13 and 14: back to step 10, and 12 to 15 are left out."""
+SPIKE = {**PLANTED_SPIKE, "hidden_dropout": 0.05}
 WINDOWS = [(56, 32), (88, 32)]
 
 
