@@ -175,6 +175,11 @@ class Watch:
         self._now, self._order = (0, 0, False), 0
         self._before: str | None = None
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Of this rank."""
+        return self._drawn[0]
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, everything is looked at. megatron-core's schedules are unaware of it."""
@@ -184,7 +189,6 @@ class Watch:
                 for module in chunk.modules():
                     hooks.callback(module.register_forward_pre_hook(self._taken(index), with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(self._given(index), with_kwargs=True).remove)
-                hooks.callback(chunk.register_forward_hook(self._end(index)).remove)
                 for name, weight in chunk.named_parameters():
                     if weight.requires_grad:
                         hooks.callback(weight.register_hook(self._weight_gradient(index, name)).remove)
@@ -210,22 +214,6 @@ class Watch:
 
         return hook
 
-    def _end(self, index: int) -> Callable[..., None]:
-        """The gradient of what a chunk gives is the first thing of its backward pass: it says which micro-batch this is."""
-
-        def hook(module: Any, args: Any, output: Any) -> None:
-            micro_batch = self._now[1]
-
-            def turn(gradient: Tensor) -> None:
-                self._enter(index, micro_batch, backward=True)
-                self._look(gradient, "gradient", module)
-
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(turn)
-
-        return hook
-
     def _enter(self, index: int, micro_batch: int, backward: bool) -> None:
         self._now, self._order, self._before = (index, micro_batch, backward), 0, None
 
@@ -238,11 +226,17 @@ class Watch:
     def _given(self, index: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             self._look(_tensors(output), "activation", module, kwargs.get("weight"))
-            if module is self.chunks[index]:
-                return
+            micro_batch = self._now[1]
+
+            def back(gradient: Tensor) -> None:
+                """The gradient of what a chunk gives, the first of its backward pass, says which micro-batch this is."""
+                if self._now != (index, micro_batch, True):
+                    self._enter(index, micro_batch, backward=True)
+                self._look(gradient, "gradient", module)
+
             for tensor in _tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._look(gradient, "gradient", module))
+                    tensor.register_hook(back)
 
         return hook
 
@@ -323,12 +317,11 @@ def _judged(mesh: Mesh, watch: Watch, repeated: bool) -> Origin:
     sights = [sight for _, seen, _, _, _ in everyone for sight in seen]
     first = min((sight.key for sight in sights), default=None)
     earliest = [sight for sight in sights if sight.key == first]
-    plan = mesh.plan
     return Origin(
         repeated=repeated,
         sights=[sight for sight in earliest if sight.weights] or earliest,  # a sum over ranks is wrong on all of them, the weight on one
         micro_batches=sorted({sight.micro_batch for sight in sights}),
-        num_micro_batches=plan.num_microbatches * plan.dp,
+        num_micro_batches=watch.num_micro_batches * mesh.plan.dp,
         places=[one[0] for one in everyone],
         num_layers=watch.chunks[0].config.num_layers,
         weights={one[0]["rank"]: one[2] for one in everyone if one[2]},

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prism.data_prep.packing import PackingOptions
-from megatron_prism.engine import context_parallel
+from megatron_prism.engine import context_parallel, origin
 from megatron_prism.engine.loss import LossParts
 from megatron_prism.engine.optimizer import set_learning_rate
 from megatron_prism.engine.parallel import Mesh
@@ -94,14 +94,33 @@ def policy_step(
     for chunk in engine.model:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    reports = _run(engine, buffers, lambda batch: objective_loss(objective, batch, buffers.names, metrics, engine.mesh), forward_only=False)
+
+    def run() -> list[dict[str, Tensor]]:
+        return _run(engine, buffers, lambda batch: objective_loss(objective, batch, buffers.names, metrics, engine.mesh), forward_only=False)
+
+    reports = run()
     norm = engine.optimizer.gradient_norm()
     grad_norm, loss, *values = _over_all_ranks(engine, reports, len(sums), len(maxima), norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise DivergenceError(f"policy step: loss {loss}, gradient norm {grad_norm}; the weights are as they were before the step")
+        raise DivergenceError(
+            f"policy step: loss {loss}, gradient norm {grad_norm}; the weights are as they were before the step. {_where(engine, buffers, run)}"
+        )
     set_learning_rate(engine.optimizer, lr, weight_decay)
     engine.optimizer.apply(norm)
     return PolicyReport(loss, grad_norm, dict(zip(metrics, values, strict=True)), buffers.num_scored)
+
+
+def _where(engine: Engine, buffers: Buffers, run: Callable[[], list[dict[str, Tensor]]]) -> str:
+    """The first tensor of a replay that is no number, and the sequences that it was made of: places in the step's list."""
+
+    def replay() -> Tensor:
+        return torch.stack([*(report["seen"].sum() for report in run() if report), torch.zeros((), dtype=torch.float64, device=engine.device)])
+
+    found = origin.find(engine, replay)
+    if found.micro_batch is None or found.micro_batch >= buffers.packing.num_buffers:
+        return found.describe()
+    held = sorted({span.document for span in buffers.packing.spans(found.micro_batch)})
+    return f"{found.describe()}; a micro-batch is a buffer, and that one held sequences {', '.join(map(str, held))} of the step"
 
 
 def scored(losses_bs: Tensor, batch: PolicyBatch, mesh: Mesh) -> Tensor:
