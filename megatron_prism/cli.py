@@ -24,7 +24,7 @@ import typer
 from megatron_prism import __version__, stages
 from megatron_prism.artifact import write_atomic
 from megatron_prism.config import blocks_in, load_recipe, validate
-from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, StoppedEarly, UserError
+from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, DivergenceError, StoppedEarly, UserError
 
 SECONDS_FOR_RANK_0 = 5.0
 
@@ -54,6 +54,9 @@ def main() -> None:
     except UserError as error:
         _report(str(error))
         raise SystemExit(2) from None
+    except DivergenceError as error:
+        _report(str(error))
+        raise SystemExit(1) from None
     except StoppedEarly as stopped:
         if STOPPED_FILE in os.environ:
             write_atomic(Path(os.environ[STOPPED_FILE]), f"{stopped}\n")

@@ -10,6 +10,13 @@ class UserError(ValueError):
     """
 
 
+class DivergenceError(RuntimeError):
+    """A training step that went wrong in a way that its recipe does not let it go on from; the newest checkpoint is from before.
+
+    The command line prints the message alone, once for all ranks, and exits with status 1: the same command would come to the same step.
+    """
+
+
 ERROR_FILE = "PRISM_ERROR_FILE"
 """Environment variable: a file that receives the message of a UserError, for the launcher that started this process."""
 

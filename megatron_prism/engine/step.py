@@ -18,12 +18,9 @@ from megatron_prism.engine.loss import LossParts, masked_loss
 from megatron_prism.engine.optimizer import Optimizer, set_learning_rate
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.stragglers import Clock
+from megatron_prism.errors import DivergenceError as DivergenceError
 
 Batch = TypeVar("Batch", bound=MicroBatch)
-
-
-class DivergenceError(RuntimeError):
-    """The loss or the gradient norm is no longer a number; the newest checkpoint is from before."""
 
 
 @dataclass
