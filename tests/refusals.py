@@ -21,7 +21,7 @@ def write_cases(root: Path, folder: Path, cases: dict[str, dict[str, Any]]) -> P
     common = recipe(root, folder, steps=STEPS, checkpoint__save_interval=SAVED, checkpoint__keep_last=10, hidden_dropout=0.1, **from_random(root))
     plan: dict[str, Any] = {"common": common, "cases": {}}
     for name, case in cases.items():
-        settings = {key: value for key, value in case.items() if "." in key}
+        settings = {key: value for key, value in case.items() if key not in ("fault", "output")}
         words = [f"output={folder / case.get('output', name)}", *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
         plan["cases"][name] = {"set": words, "fault": case.get("fault")}
     path = folder / "cases.json"

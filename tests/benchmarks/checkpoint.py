@@ -5,7 +5,8 @@
 bf16 weights and fp32 optimizer state, 14 bytes a weight. Each round measures, one after the other, in DIR: the disk (the same bytes, written by as
 many processes with fsync at the end, and read back after the page cache was dropped for them), a save that the run waits for, a save in the
 background (how long the run stands still, and when it is complete), the comparison with the checksums, and a load. Other work on the machine
-changes the figures from round to round: compare within a round. Printed are medians, and every round.
+changes the figures from round to round: compare within a round, and seconds of a core (of all ranks together). Printed are
+medians, and every round.
 """
 
 import argparse
@@ -51,7 +52,9 @@ def show(found: dict, ranks: int) -> None:
     for name in NAMES:
         seconds = [line[name] for line in found["rounds"]]
         middle = statistics.median(seconds)
-        print(f"{name:<11} {middle:7.2f} s  {size / middle / 1e9:6.2f} GB/s   rounds: {'  '.join(f'{value:.2f}' for value in seconds)}")
+        cores = [line[f"{name} core"] for line in found["rounds"] if f"{name} core" in line]
+        used = f"  {statistics.median(cores):6.2f} s of a core" if cores else " " * 18
+        print(f"{name:<11} {middle:7.2f} s  {size / middle / 1e9:6.2f} GB/s{used}   rounds: {'  '.join(f'{value:.2f}' for value in seconds)}")
     for name, beside in (("sync", "write"), ("stall", "write"), ("background", "write"), ("check", "read"), ("load", "read")):
         ratios = [line[name] / line[beside] for line in found["rounds"]]
         print(f"{name} / {beside} of the disk: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
@@ -73,12 +76,17 @@ def measure(options: argparse.Namespace) -> None:
     run, background, rounds = options.folder / "run", Background(), []
     config = OptimizerConfig(lr=1e-3)
 
-    def timed(work) -> float:
+    line: dict[str, float] = {}
+
+    def timed(name: str, work) -> None:
         dist.barrier()
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         work()
+        used = torch.tensor(time.process_time() - busy)
         dist.barrier()
-        return time.perf_counter() - begun
+        line[name] = time.perf_counter() - begun
+        dist.all_reduce(used)
+        line[f"{name} core"] = float(used)
 
     def save(step: int, **how) -> None:
         checkpoint.save(engine, run, Progress(step=step), hf, config, [], **how)
@@ -89,24 +97,25 @@ def measure(options: argparse.Namespace) -> None:
     share = sum(path.stat().st_size for path in folder.rglob(f"__{dist.get_rank()}_*"))
     made = folder / "step_00000003"
     for _ in range(options.rounds):
-        line = disk(options.folder / f"disk.{dist.get_rank()}", share, timed)
-        line["sync"] = timed(lambda: save(2))
+        line.clear()
+        disk(options.folder / f"disk.{dist.get_rank()}", share, timed)
+        timed("sync", lambda: save(2))
         shutil.rmtree(folder / "step_00000002", ignore_errors=True) if dist.get_rank() == 0 else None
         alone = work_rate()
         begun = time.perf_counter()
-        line["stall"] = timed(lambda: save(3, background=background))
+        timed("stall", lambda: save(3, background=background))
         beside = work_rate()
         busy = background.is_busy
         background.wait()
         dist.barrier()
         line["background"], line["slower"] = time.perf_counter() - begun, alone / beside if busy else float("nan")
         drop_cache(made)
-        line["check"] = timed(lambda: integrity.require_whole(made))
+        timed("check", lambda: integrity.require_whole(made))
         drop_cache(made)
-        line["load"] = timed(lambda: checkpoint.load_all(engine, made, checked=True))
+        timed("load", lambda: checkpoint.load_all(engine, made, checked=True))
         dist.barrier()
         shutil.rmtree(made, ignore_errors=True) if dist.get_rank() == 0 else None
-        rounds.append(line)
+        rounds.append(dict(line))
     total = torch.tensor(share)
     dist.all_reduce(total)
     if dist.get_rank() == 0:
@@ -149,8 +158,8 @@ def build(count: float, folder: Path):
     return engine, cost.num_parameters(model), hf
 
 
-def disk(path: Path, count: int, timed) -> dict[str, float]:
-    """Seconds to write so many bytes beside the other ranks, and to read them again from the disk."""
+def disk(path: Path, count: int, timed) -> None:
+    """Time to write so many bytes beside the other ranks, and to read them again from the disk."""
     block = os.urandom(BLOCK_BYTES)
 
     def write() -> None:
@@ -165,11 +174,10 @@ def disk(path: Path, count: int, timed) -> dict[str, float]:
             while file.readinto(buffer):
                 pass
 
-    found = {"write": timed(write)}
+    timed("write", write)
     drop_cache(path)
-    found["read"] = timed(read)
+    timed("read", read)
     path.unlink()
-    return found
 
 
 def drop_cache(path: Path) -> None:

@@ -18,6 +18,7 @@ from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.model import BuildOptions, Precision
 from megatron_prism.engine.policy import PolicyReport, log_probabilities, policy_step
 from megatron_prism.engine.reference_model import LOWER, REFERENCE, Reference
+from megatron_prism.engine.saving import Background
 from megatron_prism.engine.step import Engine
 from megatron_prism.errors import UserError
 from megatron_prism.rl.settings import ObjectiveConfig
@@ -116,15 +117,19 @@ def test_a_bf16_reference_follows_by_steps_smaller_than_bf16_can_hold(imported):
     assert not same(rounded, [value.bfloat16() for value in truth]), "the test could not see it"
 
 
+@pytest.mark.parametrize("background", [None, Background()])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_saved_reference_goes_on_bit_for_bit_and_leaves_the_policy_alone(imported, tmp_path, precision):
+def test_a_saved_reference_goes_on_bit_for_bit_and_leaves_the_policy_alone(imported, tmp_path, precision, background):
     engine = engine_of(imported, precision)
     reference = Reference(engine)
     step(engine)
     reference.move_towards(engine, 0.3)
     policy = weights(engine)
     beside = partial(reference.save, engine)
-    saved = checkpoint.save(engine, tmp_path / "run", Progress(step=1), imported / "hf", OptimizerConfig(lr=1e-3), [], beside=beside)
+    saved = checkpoint.save(engine, tmp_path / "run", Progress(step=1), imported / "hf", OptimizerConfig(lr=1e-3), [], beside, background)
+    if background is not None:
+        background.wait()
+    artifact.verify(saved)
     artifact.require(saved, "checkpoint")
     assert (saved / REFERENCE).is_dir() and (saved / LOWER).is_dir() == (precision == "bf16") and same(weights(engine), policy)
 

@@ -1,9 +1,12 @@
 """Saves in the background are the same checkpoints, and the same run; kill -9 while one is written leaves the one before."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from training import differing, final_state, metrics, read_state
 
 from megatron_prism import artifact
 from megatron_prism.engine import run_folder
+from megatron_prism.engine.weights import export_hf
 
 ASYNC = {"checkpoint.async_save": True}
 
@@ -25,7 +29,8 @@ def kept(run: Path) -> list[list[float]]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One run that waits for its saves; one that does not, with steps taken before anything is written; and one whose snapshot is no copy."""
     root = tmp_path_factory.mktemp("async")
-    cases = {"sync": {}, "async": {"fault": "slow", **ASYNC}, "fault": {"fault": "slow, not copied", **ASYNC}}
+    slow = {"fault": "slow", **ASYNC}
+    cases = {"sync": {}, "async": slow, "fault": {"fault": "slow, not copied", **ASYNC}, "exported": {**slow, "export.interval": SAVED}}
     assert all(words == ["", ""] for words in train(root, root / "runs", cases).values())
     return root, root / "runs"
 
@@ -40,27 +45,65 @@ def test_a_checkpoint_of_the_background_is_that_of_its_step_bit_for_bit(runs):
     assert differing(*(read_state(run_folder.step_folder(folder / name, SAVED)) for name in ("fault", "sync"))) != []  # law 8: it is seen
 
 
+def test_an_export_waits_for_the_checkpoint_that_it_is_made_from(runs):
+    _, folder = runs
+    for step, made in ((SAVED, f"hf_steps/step_{SAVED:08d}"), (HALFWAY, f"hf_steps/step_{HALFWAY:08d}"), (STEPS, "hf")):
+        again = export_hf(run_folder.step_folder(folder / "exported", step), folder / f"again_{step}", "float32")
+        assert (folder / "exported" / made / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def start_alone(cases: Path, slow_seconds: float) -> "subprocess.Popen[bytes]":
+    """The cases in a process of their own, a world of one."""
+    ours = {"PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1", "SLOW_SECONDS": str(slow_seconds)}
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(cases)], env={**os.environ, **ours})
+
+
+def wait_until(reached: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None and time.monotonic() < end, "the run ended or hung before the moment"
+        time.sleep(0.01)
+
+
+def is_writing(run: Path, step: int) -> bool:
+    """Whether the background writes this step's checkpoint, and the run took another step meanwhile."""
+    return (run_folder.step_folder(run, step) / "sharded").is_dir() and len(metrics(run)) > step
+
+
+def test_sigterm_while_the_background_writes_leaves_both_checkpoints_complete(runs, tmp_path):
+    root, _ = runs
+    run = tmp_path / "stopped" / "run"
+    # no other save is due, so that the run stops at a step of its own
+    process = start_alone(write_cases(root, tmp_path / "stopped", {"run": {"fault": "slow", **ASYNC, "steps": 2000}}), 2)
+    try:
+        wait_until(lambda: is_writing(run, SAVED), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        kill_tree(process.pid)
+    saved = run_folder.complete_steps(run)
+    assert saved[0] == run_folder.step_folder(run, SAVED) and len(saved) > 1 and not artifact.is_complete(run)
+    assert len(metrics(run)) == run_folder.read_state(saved[-1])["progress"]["step"]
+    for folder in saved:
+        artifact.verify(folder)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_the_background_writes_goes_on_from_the_checkpoint_before_it(runs, tmp_path):
     root, _ = runs
-    again = tmp_path / "again"
-    cases = write_cases(root, again, {"run": {"fault": "slow", **ASYNC}})
-    alone = [sys.executable, str(SCRIPT), str(cases)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
-    run, second = again / "run", run_folder.step_folder(again / "run", HALFWAY)
-    process = subprocess.Popen(alone, env={**environment, "SLOW_SECONDS": "4"})
+    cases = write_cases(root, tmp_path / "again", {"run": {"fault": "slow", **ASYNC}})
+    run = tmp_path / "again" / "run"
+    second = run_folder.step_folder(run, HALFWAY)
+    process = start_alone(cases, 4)
     try:
-        end = time.monotonic() + 120
-        while not (second / "sharded").is_dir() or len(metrics(run)) <= HALFWAY:
-            assert process.poll() is None and time.monotonic() < end, "the run ended or hung before the moment to kill it"
-            time.sleep(0.01)
+        wait_until(lambda: is_writing(run, HALFWAY), process)
     finally:
         kill_tree(process.pid)
     assert not artifact.is_complete(second) and run_folder.newest(run) == run_folder.step_folder(run, SAVED)
-    subprocess.run(alone, env={**environment, "SLOW_SECONDS": "0"}, check=True, timeout=120)
-    assert (again / "run.0").read_text().startswith('{"words": ""')
+    assert start_alone(cases, 0).wait(120) == 0
+    assert json.loads((tmp_path / "again" / "run.0").read_text())["words"] == ""
     whole = tmp_path / "whole"
-    subprocess.run([sys.executable, str(SCRIPT), str(write_cases(root, whole, {"run": {}}))], env=environment, check=True, timeout=120)
+    assert start_alone(write_cases(root, whole, {"run": {}}), 0).wait(120) == 0
     assert kept(run) == kept(whole / "run")
     assert differing(final_state(run), final_state(whole / "run")) == []
 
