@@ -9,14 +9,15 @@ import pytest
 import torch
 from bad_steps_plants import POISON, SAMPLE, Plant, Planted, activation, gradient, weight
 from bad_steps_plants import SPIKE as PLANTED_SPIKE
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import differing, final_state, from_random, metrics, recipe
 
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe
 from megatron_prism.data_prep.history import recorded, without_window
-from megatron_prism.engine import bad_steps, checkpoint, loop, recovery, run_folder
+from megatron_prism.engine import adamw, bad_steps, checkpoint, loop, recovery, run_folder
 from megatron_prism.engine.recipe import TrainConfig
-from megatron_prism.engine.step import DivergenceError, train_step
+from megatron_prism.engine.step import DivergenceError, forward_backward, train_step
 
 pytestmark = pytest.mark.usefixtures("leave_groups")
 BATCH = 8
@@ -83,6 +84,39 @@ def test_a_step_of_nan_leaves_weights_moments_and_the_count_of_steps_as_they_wer
         assert train_step(engine, run.data, 2 * BATCH, 0.01, 0.1).applied
         assert not all(torch.equal(now, then) for now, then in zip(held(), before, strict=True))
         assert {group["step"] for group in engine.optimizer.param_groups} == {2}
+    finally:
+        run.close()
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators that read a tensor's value, for which a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal"):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whether_a_step_is_usable_is_decided_without_reading_a_value(root, tmp_path, monkeypatch):
+    """On a GPU that would be a wait. The update itself is left out: on a CPU it may look."""
+    run = loop.build_run(config(root, tmp_path / "run"))
+    updates: list[Any] = []
+    monkeypatch.setattr(adamw, "adamw", lambda *args, gradient_scale, **_: updates.append(gradient_scale))
+    try:
+        for poisoned in (False, True):
+            for chunk in run.engine.model:
+                chunk.zero_grad_buffer()
+            parts = forward_backward(run.engine, run.data, 0, forward_only=False)
+            parts = parts * torch.nan if poisoned else parts
+            with Waits() as waits:
+                _, usable = run.engine.optimizer.step(parts)
+            assert waits.seen == [] and bool(usable) is not poisoned
+            assert {bool(scale.isnan()) for scale in updates} == {poisoned}
+            updates.clear()
     finally:
         run.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -262,3 +263,9 @@ def test_sources_of_different_tokenizers_are_refused(finished, tmp_path):
     manifest.write_text(manifest.read_text().replace("0" * 64, "1" * 64))
     with pytest.raises(UserError, match="different tokenizers"):
         loop.train(config(root, tmp_path / "run", data__blend=str(blend)))
+
+
+def test_a_run_that_diverges_says_where_in_one_message_and_exits_with_status_1(tmp_path):
+    found = prism_train(recipe(tmp_path, tmp_path / "run", **from_random(tmp_path), optimizer__lr=1e30, schedule__warmup_steps=0))
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert re.search(r"error: step 2: loss .*samples 8 to 15. NaN first in the \w+ward pass of micro-batch 0: .*layer", found.stderr)
