@@ -1,6 +1,6 @@
 """Speed of data preparation beside raw `tokenizers`, Megatron-LM's tools/preprocess_data.py and datatrove: same text, tokenizer and cores, in turns.
 
-    python tests/benchmarks/data_prep.py --work FOLDER [--megatron-lm CHECKOUT] [--datatrove PYTHON] [--fastokens]
+    python tests/benchmarks/data_prep.py --work FOLDER [--megatron-lm CHECKOUT] [--datatrove PYTHON] [--fastokens] [--mimalloc]
         [--tokenizer HF_FOLDER] [--megabytes 60] [--workers 2] [--runs 3]
     python tests/benchmarks/data_prep.py --work FOLDER --chunks [--tokenizer HF_FOLDER] [--megabytes 60]
 
@@ -10,7 +10,8 @@ with its ids as lists, and all that a worker of ours does with it, in turns; med
 Makes its own corpus (Python files and texts installed with the interpreter, repeated to size) and trains a 32k byte-level BPE unless one is given.
     raw          encode_batch of all texts, already in memory, with as many threads as we have workers
     raw fast     the same with encode_batch_fast, which leaves out character offsets; raw fastokens: with fastokens
-    ours         JSON lines to finished, checksummed shards; from before the workers start to the last shard
+    ours         JSON lines to finished, checksummed shards; from before the workers start to the last shard; with the C library's malloc
+    mimalloc     ours with the extra fast-malloc; raw fast mimalloc, datatrove mimalloc: these with the same library preloaded
     fastokens    ours with tokenizer_backend = "fastokens", its comparison with Hugging Face's left out as start-up
     megatron-lm  JSON lines to .bin/.idx; from when its pool is up to the last document, as it prints itself
     datatrove    JSON lines to .ds and its index, not shuffled, a file for each worker; from before its workers start to their end. PYTHON: the
@@ -56,19 +57,22 @@ def main() -> None:
         compare_chunks(corpus, arguments.tokenizer)
         return
     others = {
+        "raw fast mimalloc": arguments.mimalloc,
+        "mimalloc": arguments.mimalloc,
         "raw fastokens": arguments.fastokens,
         "fastokens": arguments.fastokens,
         "megatron-lm": arguments.megatron_lm,
         "datatrove": arguments.datatrove,
+        "datatrove mimalloc": arguments.datatrove and arguments.mimalloc,
     }
     names = ["raw", "raw fast", "ours", *(name for name, given in others.items() if given)]
-    print("".join(f"{name} is left out: --{name.removeprefix('raw ')} was not given\n" for name, given in others.items() if not given), end="")
+    print("".join(f"{name} is left out: its option was not given\n" for name, given in others.items() if not given), end="")
     few = make_few_documents(work / "few.jsonl", corpus, arguments.workers)
     start_up = {name: measure(name, arguments, few)["cpu"] for name in names if not name.startswith("raw")}
     print(f"start-up, CPU s: {start_up}", flush=True)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(arguments.runs):
-        for name in names:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             found = measure(name, arguments, corpus)
             results[name].append({**found, "cpu": round(found["cpu"] - start_up.get(name, 0.0), 2)})
             print(f"run {number + 1}: {name}: {results[name][-1]}", flush=True)
@@ -175,14 +179,25 @@ def measure(name: str, arguments: argparse.Namespace, corpus: Path) -> dict[str,
     if name == "megatron-lm":
         return _run_megatron_lm(arguments, corpus)
     threads = {"RAYON_NUM_THREADS": str(arguments.workers), "TOKENIZERS_PARALLELISM": "true"} if name.startswith("raw") else {}
-    threads |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if name == "datatrove" else {}  # as many threads as workers
+    threads |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if name.startswith("datatrove") else {}  # as many threads as workers
+    if name.endswith(" mimalloc"):
+        threads["LD_PRELOAD"] = _mimalloc()
     given = {"--work": arguments.work, "--tokenizer": arguments.tokenizer, "--corpus": corpus, "--workers": arguments.workers, "--measure": name}
-    python = str(arguments.datatrove) if name == "datatrove" else sys.executable
+    python = str(arguments.datatrove) if name.startswith("datatrove") else sys.executable
     command = [python, __file__, *(str(word) for pair in given.items() for word in pair)]
     done, clock = _run(command, threads)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
     return {**clock, **json.loads(done.stdout.rpartition("RESULT ")[2])}
+
+
+def _mimalloc() -> str:
+    from megatron_prism.data_prep import allocator
+
+    path = allocator._mimalloc()
+    if path is None:
+        raise SystemExit("--mimalloc needs the package: pip install 'megatron-prism[fast-malloc]'")
+    return path
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple["subprocess.CompletedProcess[str]", dict[str, float]]:
@@ -213,14 +228,16 @@ def _raw_encoder(name: str, file: Path) -> Any:
 
         return backends.load(file.read_text())
     tokenizer = Tokenizer.from_file(str(file))
-    return partial(tokenizer.encode_batch_fast if name == "raw fast" else tokenizer.encode_batch, add_special_tokens=False)
+    return partial(tokenizer.encode_batch if name == "raw" else tokenizer.encode_batch_fast, add_special_tokens=False)
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from megatron_prism.data_prep import inputs, prepare
+    from megatron_prism.data_prep import allocator, inputs, prepare
     from megatron_prism.data_prep.settings import PrepConfig, SourceConfig
 
     output = arguments.work / "ours"
+    if arguments.measure == "ours":
+        allocator._mimalloc = lambda: None
     inputs.CHUNK_BYTES = min(inputs.CHUNK_BYTES, arguments.corpus.stat().st_size // arguments.workers)  # a chunk for each worker of a few documents
     shutil.rmtree(output, ignore_errors=True)
     source = SourceConfig(name="corpus", paths=[str(arguments.corpus)])
@@ -268,7 +285,11 @@ def _split(corpus: Path, folder: Path, parts: int) -> int:
     return len(lines)
 
 
-MEASURES: dict[str, Any] = {"raw": _raw, "raw fast": _raw, "raw fastokens": _raw, "ours": _ours, "fastokens": _ours, "datatrove": _datatrove}
+MEASURES: dict[str, Any] = {
+    **dict.fromkeys(("raw", "raw fast", "raw fast mimalloc", "raw fastokens"), _raw),
+    **dict.fromkeys(("ours", "mimalloc", "fastokens"), _ours),
+    **dict.fromkeys(("datatrove", "datatrove mimalloc"), _datatrove),
+}
 
 
 def _run_megatron_lm(arguments: argparse.Namespace, corpus: Path) -> dict[str, float]:
@@ -302,7 +323,8 @@ def report(results: dict[str, list[dict[str, float]]], corpus: Path, arguments: 
         tokens = runs[0]["tokens"]
         rates = f"{megabytes / seconds[name]:.2f} | {tokens / seconds[name]:,.0f} | {seconds[name] / seconds['ours']:.2f}x"
         print(f"| {name} | {seconds[name]:.2f} | {spread} | {rates} | {cpu[name]:.1f} | {cpu[name] / cpu['ours']:.2f}x | {whole} | {tokens:,.0f} |")
-    packages = ("tokenizers", "transformers", "numpy", "megatron-prism", *(["fastokens"] if arguments.fastokens else []))
+    extras = {"fastokens": arguments.fastokens, "cmeel-mimalloc": arguments.mimalloc}
+    packages = ("tokenizers", "transformers", "numpy", "megatron-prism", *(name for name, given in extras.items() if given))
     versions = {package: metadata.version(package) for package in packages}
     machine = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
     theirs = f"Megatron-LM {_version(arguments.megatron_lm)}, datatrove {_datatrove_version(arguments.datatrove)}"
@@ -330,6 +352,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--megatron-lm", type=Path, help="checkout of NVIDIA/Megatron-LM to run beside ours")
     parser.add_argument("--datatrove", type=Path, help="interpreter of an environment with datatrove[io,processing]")
     parser.add_argument("--fastokens", action="store_true", help="ours with the faster tokenizer too")
+    parser.add_argument("--mimalloc", action="store_true", help="ours, encode_batch_fast and datatrove with the faster malloc too")
     parser.add_argument("--chunks", action="store_true", help="instead of all that: a worker's chunks beside their tokenization alone, in turns")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder with a tokenizer.json; default: train one")
     parser.add_argument("--megabytes", type=int, default=60)
