@@ -24,7 +24,7 @@ import typer
 from megatron_prism import __version__, stages
 from megatron_prism.artifact import write_atomic
 from megatron_prism.config import blocks_in, load_recipe, validate
-from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, DivergenceError, StoppedEarly, UserError
+from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, DivergenceError, FaultyMachineError, StoppedEarly, UserError
 
 SECONDS_FOR_RANK_0 = 5.0
 
@@ -55,7 +55,7 @@ def main() -> None:
         _report(str(error))
         raise SystemExit(2) from None
     except DivergenceError as error:
-        _report(str(error))
+        _report(str(error), is_final=not isinstance(error, FaultyMachineError))
         raise SystemExit(1) from None
     except StoppedEarly as stopped:
         if STOPPED_FILE in os.environ:
@@ -75,14 +75,17 @@ def _yield_names_of_the_clone() -> None:
     sys.path[:] = [entry for entry in sys.path if entry not in ours] + ours
 
 
-def _report(message: str) -> None:
-    """Print an error once for all ranks: the others wait, and are ended by torchrun, if rank 0 failed too; an error of their own they print."""
+def _report(message: str, is_final: bool = True) -> None:
+    """Print an error once for all ranks: the others wait, and are ended by torchrun, if rank 0 failed too; an error of their own they print.
+
+    is_final: whoever started us is told that starting again leads to the same.
+    """
     error_file = os.environ.get(ERROR_FILE)
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {os.environ['RANK']}: {message}"
-    if error_file:
+    if error_file and is_final:
         write_atomic(Path(error_file), message)
     typer.secho(f"error: {message}", fg="red", err=True)
 

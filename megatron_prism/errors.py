@@ -17,6 +17,13 @@ class DivergenceError(RuntimeError):
     """
 
 
+class FaultyMachineError(DivergenceError):
+    """A step that went wrong by no fault of the run: its memory changed by itself, or it went right when it was taken again.
+
+    Also status 1, but no message for the launcher to give up with: the same command may go well, so it is started again as after a crash.
+    """
+
+
 ERROR_FILE = "PRISM_ERROR_FILE"
 """Environment variable: a file that receives the message of a UserError, for the launcher that started this process."""
 

@@ -141,6 +141,8 @@ def build_run(cfg: TrainConfig) -> Run:
             f"data.blend has token ids up to {data.vocab_size - 1}, the model knows {model_config.vocab_size}; prepare it with the model's tokenizer"
         )
     held_out = open_reader(blend, "validation", cfg.data) if cfg.validation else None
+    if cfg.check_memory:
+        engine.optimizer.check_memory(place)
     progress = _starting_point(cfg, engine, data, newest)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
     background = Background() if cfg.checkpoint.async_save else None
@@ -297,6 +299,7 @@ def _validate(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
+    recovery.look_at_memory(run)
     records = recorded(run.data.fingerprint)
     run.progress.data = {**run.data.fingerprint, "history": records, **run.memory.record()}
     run.progress.consumed = consumption(records, run.progress.samples, run.cfg.data.seq_len)

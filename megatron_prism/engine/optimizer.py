@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_prism.config import OptimizerConfig
 from megatron_prism.engine.adamw import AdamW
 from megatron_prism.engine.mcore import optimizer_config
+from megatron_prism.engine.memory_check import MemoryCheck
 from megatron_prism.engine.model import Chunk, to_precision
 from megatron_prism.engine.parallel import Mesh
 
@@ -53,6 +54,7 @@ class Optimizer:
         self.scale_loss = inner.scale_loss
         self.zero_grad = inner.zero_grad
         self.clip_grad = config.clip_grad
+        self.memory: MemoryCheck | None = None
         for part in self.chained_optimizers:
             _order_by_type(part)
             part.optimizer = AdamW(part.optimizer.param_groups, config)
@@ -81,6 +83,12 @@ class Optimizer:
         for part in self.chained_optimizers:
             part.optimizer.gradient_scale = scale
             part.step_with_ready_grads()
+        if self.memory is not None:
+            self.memory.remember()
+
+    def check_memory(self, device: torch.device) -> None:
+        """From the next update on, an update whose weights or states are not what the one before it wrote is not made (`memory_check`)."""
+        self.memory = MemoryCheck(self.chained_optimizers, self.groups_of_ranks.dp_cp, device)
 
     def uncount(self) -> None:
         """Forget that the last step was counted: it changed nothing."""
@@ -116,6 +124,8 @@ class Optimizer:
                 seen[0] += torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
         if losses is not None:
             seen[1] = (~losses.isfinite()).sum()
+        if self.memory is not None:
+            seen[1] += self.memory.look().sum()
         dist.all_reduce(seen, group=self.chained_optimizers[0].get_grad_stats_parallel_group())
         norm = seen[0].sqrt() * self._mean()
         return norm, norm.isfinite() & (seen[1] == 0)
@@ -124,11 +134,17 @@ class Optimizer:
         """Start anew from the model's weights as they are now: fresh moments, step 0."""
         for part in self.chained_optimizers:
             part.optimizer.forget()
+        self._forget_memory()
 
     def initialize(self) -> None:
         """Make every moment and master weight, so that a checkpoint can fill them."""
         for part in self.chained_optimizers:
             part.optimizer.initialize()
+        self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        if self.memory is not None:
+            self.memory.forget()
 
     def groups(self) -> dict[str, Any]:
         """What belongs to a group of weights and not to a weight: the step, above all."""

@@ -218,6 +218,8 @@ class TrainConfig(Block):
     bad_steps: BadStepsSection = BadStepsSection()
     watchdog: WatchdogSection | None = Field(default=WatchdogSection(), exclude=True)
     """what ends a run that hangs; none: nothing does before its process groups give up"""
+    check_memory: bool = Field(default=False, exclude=True)
+    """compare weights, master weights and moments with what the last update wrote, before each update and save: docs/chaos.md"""
     straggler_percent: PositiveFloat | None = Field(default=30, exclude=True)
     """a rank that takes so much more time for its own work than its peers is named in the log; none: nobody looks"""
     log: LogConfig = Field(default_factory=LogConfig)

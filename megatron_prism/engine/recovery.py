@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from megatron_prism import artifact
 from megatron_prism.data_prep.history import recorded, without_window
-from megatron_prism.engine import bad_steps, checkpoint, origin, run_folder
+from megatron_prism.engine import bad_steps, checkpoint, memory_check, origin, run_folder
 from megatron_prism.engine.bad_steps import Memory, limit
 from megatron_prism.engine.metrics import read_records
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.step import DivergenceError, StepReport, forward_backward
+from megatron_prism.errors import FaultyMachineError
 
 if TYPE_CHECKING:
     from megatron_prism.engine.loop import Run
@@ -45,6 +46,7 @@ def leave_out(run: Run, report: StepReport, random_states: dict[str, Any] | None
     """
     section, progress = run.cfg.bad_steps, run.progress
     step, first = progress.step, progress.samples - run.cfg.global_batch
+    refuse_changed_memory(run, f"step {step}")
     found = origin.find(run.engine, lambda: forward_backward(run.engine, run.data, first, forward_only=False), random_states)
     allowed = run.memory.leave_out(step, first, run.cfg.global_batch, section)
     samples = _samples(run, first, found)
@@ -73,7 +75,29 @@ def leave_out(run: Run, report: StepReport, random_states: dict[str, Any] | None
         way_on = "lower optimizer.lr, look at these samples, or leave such steps out (bad_steps.on_nan=skip)"
     else:
         way_on = f"more than bad_steps.max_skipped={section.max_skipped} of {section.skip_window} steps went so: lower optimizer.lr, or look at them"
+    if not found.repeated:
+        raise FaultyMachineError(f"{said}. Nothing of this step was saved; start the same command again")
     raise DivergenceError(f"{said}. Nothing of this step was saved; {way_on}")
+
+
+def refuse_changed_memory(run: Run, what: str) -> None:
+    """Errors: FaultyMachineError, on every rank, where the last look found memory that is not what the last update wrote."""
+    if run.engine.optimizer.memory is None:
+        return
+    wrong = memory_check.damages(run.engine.optimizer.memory)
+    if wrong:
+        raise FaultyMachineError(
+            f"{what}: memory changed since the last update, by no step of the run ({'; '.join(wrong)}). Nothing of it was saved: start the same "
+            "command again, and take a machine out of the run that is named again"
+        )
+
+
+def look_at_memory(run: Run) -> None:
+    """Before a save: what is written is what the last update wrote. Errors: as `refuse_changed_memory`."""
+    if run.engine.optimizer.memory is not None:
+        checkpoint.gather_weights(run.engine)
+        run.engine.optimizer.memory.look()
+        refuse_changed_memory(run, f"save of step {run.progress.step}")
 
 
 def _samples(run: Run, first: int, found: origin.Origin) -> list[dict[str, Any]]:
