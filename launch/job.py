@@ -29,6 +29,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_TO_SAVE = 300
 """how long torchrun waits for its ranks after such a signal before it kills them; its own is 30"""
 
+NEVER_SECONDS = "1000000000"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -82,9 +84,8 @@ def torchrun_argv(job: Job, rendezvous: Sequence[str] = ("--standalone",), pytho
 
 def ft_launcher_argv(job: Job, rendezvous: Sequence[str], python: str, restarts: int) -> list[str]:
     """The same under nvidia-resiliency-ext's launcher, which starts the ranks again within the job. Its heartbeats are off."""
-    launcher = [python, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", "--ignore-missing-fault-tol-cfg"]
-    quiet = ["--ft-initial-rank-heartbeat-timeout", "null", "--ft-rank-heartbeat-timeout", "null"]
-    return _elastic_argv(job, [*launcher, *quiet], rendezvous, restarts)
+    never = ["--ft-initial-rank-heartbeat-timeout", NEVER_SECONDS, "--ft-rank-heartbeat-timeout", NEVER_SECONDS]  # its command line has no "off"
+    return _elastic_argv(job, [python, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", *never], rendezvous, restarts)
 
 
 def _elastic_argv(job: Job, launcher: list[str], rendezvous: Sequence[str], restarts: int) -> list[str]:

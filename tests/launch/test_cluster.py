@@ -20,7 +20,7 @@ def _place(**more: object) -> ClusterConfig:
     [
         ("acount = 'lab'", "unknown key acount; did you mean account?"),
         ("requeues = -1", "requeues=-1: input should be greater than or equal to 0"),
-        ("starter = 'mpirun'", "starter=\"mpirun\": input should be 'srun' or 'torchrun'"),
+        ("starter = 'mpirun'", "starter=\"mpirun\": input should be 'srun', 'torchrun' or 'ft_launcher'"),
         ("partition = 'shrot'\n[partitions.short]", "partition=shrot is none of the partitions described here; did you mean short?"),
         ("container = 'a.sqsh'\nvenv = '/v'", "container=a.sqsh and venv=/v are both set: the job runs in one of them; drop the other"),
         ("mounts = ['/a:/a']", "mounts=['/a:/a'] are of a container, and none is set; set container, or drop mounts"),

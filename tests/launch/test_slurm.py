@@ -77,8 +77,8 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64 --mpi=none \\
 """
 FT_LAUNCHER = TORCHRUN.replace("--max-restarts 0", "--max-restarts 3").replace(
     "    -m torch.distributed.run \\\n",
-    "    -m nvidia_resiliency_ext.fault_tolerance.launcher \\\n    --ignore-missing-fault-tol-cfg \\\n"
-    "    --ft-initial-rank-heartbeat-timeout null \\\n    --ft-rank-heartbeat-timeout null \\\n",
+    "    -m nvidia_resiliency_ext.fault_tolerance.launcher \\\n"
+    "    --ft-initial-rank-heartbeat-timeout 1000000000 \\\n    --ft-rank-heartbeat-timeout 1000000000 \\\n",
 )
 TAIL = """
 [[ ! -e 'runs/my run.stopped' ]] || status=75  # it was told to stop, and has saved
