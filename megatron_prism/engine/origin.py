@@ -241,7 +241,14 @@ class Watch:
         return hook
 
     def _weight_gradient(self, index: int, name: str) -> Callable[[Tensor], None]:
-        return lambda gradient: self._look(gradient, "weight gradient", self.chunks[index].get_submodule(name.rpartition(".")[0]), name=name)
+        chunk = self.chunks[index]
+        module, weight = chunk.get_submodule(name.rpartition(".")[0]), chunk.get_parameter(name)
+
+        def hook(gradient: Tensor) -> None:
+            if not getattr(weight, "grad_added_to_main_grad", False):  # else a stand-in, never written: `see_gradients` looks at the true one
+                self._look(gradient, "weight gradient", module, name=name)
+
+        return hook
 
     def _look(self, seen: Tensor | list[Tensor], what: str, module: Any, weight: Any = None, name: str | None = None) -> None:
         index, micro_batch, _ = self._now

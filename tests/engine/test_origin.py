@@ -101,3 +101,12 @@ def test_gradients_that_no_hook_sees_are_found_before_ranks_are_summed(tmp_path)
     seen = found(run)
     assert seen.gradients == {0: ["decoder.layers.3.mlp.linear_fc1.weight"]} and not seen.sights
     assert "the gradients of decoder.layers.3.mlp.linear_fc1.weight are not finite on rank 0" in seen.describe()
+
+
+def test_a_stand_in_for_a_gradient_that_a_kernel_added_itself_is_not_looked_at(tmp_path):
+    run = built(tmp_path, "llama")
+    linear = layer_of(run, 1).mlp.linear_fc1
+    linear.register_forward_hook(lambda *_: setattr(linear.weight, "grad_added_to_main_grad", True))
+    linear.weight.register_hook(lambda gradient: gradient * torch.nan)
+    seen = found(run)
+    assert not seen.sights and not seen.gradients and not seen.repeated

@@ -6,7 +6,11 @@ bad_step_ranks.py COMMON.json OUT: the overrides that all runs share; OUT/CASE i
 import json
 import os
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from bad_steps_plants import POISON, SAMPLE, SPIKE_SET, Plant, Planted, activation, gradient, gradient_of_output, weight
 
@@ -26,13 +30,23 @@ CASES: dict[str, tuple[list[str], Plant]] = {
     "dp, spike": (SPIKE_SET, POISON),
 }
 
+OVERLAPPING = ("dp, sample", "dp, sample, skipped", "dp, spike")
+"""gradients are reduced, and weights gathered, while passes run, as on CUDA"""
+WRAP_MODEL = loop.wrap_model
+
+
+def overlapping(*args: Any, overlap: bool) -> Any:
+    """DDP as on CUDA."""
+    return WRAP_MODEL(*args, overlap=True)
+
 
 def main() -> None:
     """Every case."""
     common, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, (settings, plant) in CASES.items():
         said = "finished"
-        with Planted(plant):
+        overlap = partial(mock.patch.object, loop, "wrap_model", overlapping) if name in OVERLAPPING else nullcontext
+        with Planted(plant), overlap():
             try:
                 loop.train(load_recipe(None, [*common, f"output={output / name}", *settings], TrainConfig))
             except DivergenceError as error:
