@@ -44,6 +44,8 @@ CONFIG = "config.toml"
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_hash")
 """what provenance keeps of each earlier session, when a run that was stopped, or finished, goes on"""
+ASIDE = ".damaged-"
+"""in the name of a folder that was set aside: no part of the artifact, to be removed by whoever looked at it"""
 CARRIED = ("damaged_checkpoints",)
 """what stays in the provenance of a run that goes on"""
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
@@ -190,15 +192,10 @@ def inside(folder: Path, name: str, named_by: str, links: bool = False) -> Path:
 
 
 def expected_checksums(folder: Path) -> tuple[dict[str, Checksum] | None, list[str]]:
-    """What the files of a finished artifact were when it was made, and what is wrong with the tables that say so. None: it has no checksums.
-
-    Without: all but checkpoints, and checkpoints of earlier versions.
-    """
+    """What a finished artifact's files were when it was made, and what is wrong with the tables that say so. None: no checksums (others, old)."""
     record = _read_json(folder / COMPLETE)
-    for name in record["files"]:
-        inside(folder, name, COMPLETE)
     expected, wrong = checksums.expected(folder, record, COMPLETE)
-    for name in expected or {}:
+    for name in [*record["files"], *(expected or {})]:
         inside(folder, name, COMPLETE)
     return expected, wrong
 
@@ -357,8 +354,9 @@ def package_versions() -> dict[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file of the artifact but its mark and temporary ones. A link could change behind our back: artifacts hold none."""
+    """Every file of the artifact but its mark, temporary and set-aside ones. A link could change behind our back: artifacts hold none."""
     found = sorted(path for path in folder.rglob("*") if path.relative_to(folder) != Path(COMPLETE) and not path.name.endswith(".tmp"))
+    found = [path for path in found if ASIDE not in str(path.relative_to(folder))]
     links = [path for path in found if path.is_symlink()]
     assert not links, f"an artifact holds its own files, no symbolic links: {links[:3]}"
     return [path for path in found if path.is_file()]

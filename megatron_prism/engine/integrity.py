@@ -90,7 +90,7 @@ def _set_aside(run: Path, whole: Path, wrong: list[str]) -> None:
     record = [*artifact.provenance(run).get("damaged_checkpoints", [])]
     for folder in later:
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        while (aside := folder.with_name(f"{folder.name}{artifact.ASIDE}{number}")).exists():
             number += 1
         folder.rename(aside)
         when = datetime.now(UTC).isoformat(timespec="seconds")
