@@ -61,6 +61,8 @@ def test_nothing_is_found_where_every_number_is_finite_and_gradients_are_those_o
     assert all(torch.equal(with_hooks, without) for without, with_hooks in zip(*gradients, strict=True))
     hooks = [hook for module in run.engine.model[0].modules() for hook in (module._forward_hooks, module._forward_pre_hooks) if hook]
     assert not hooks, "hooks were left behind"
+    source, documents = run.data.documents(1)
+    assert source in ("code", "math") and documents == sorted(set(documents), key=documents.index) and documents
     run.close()
 
 
