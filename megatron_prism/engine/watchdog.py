@@ -149,7 +149,7 @@ class Watchdog(threading.Thread):
             self._answer_and_end(seen, late)
         gone = self._missed()
         if gone is not None:
-            print(f"rank {self.rank}: {gone}; so this rank ends", file=sys.stderr, flush=True)
+            _say(f"rank {self.rank}: {gone}; so this rank ends")
             os._exit(STATUS)
         # Where compiled code keeps Python's lock this thread stands still; faulthandler's does not, and shows the stacks.
         faulthandler.dump_traceback_later(may_take + self.patience)
@@ -163,16 +163,17 @@ class Watchdog(threading.Thread):
 
     def _answer_and_end(self, seen: Beat, late: bool) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if late:
-            with suppress(OSError):
+        with suppress(OSError):
+            if late:
                 (self.folder / CALL).touch()
-        self._answer(seen, late)
+            self._answer(seen, late)
         answers = self._others()
-        if self.rank == min(answers):
+        if self.rank == min(answers, default=self.rank) and answers:
             found = hang_report.judge(answers, self.ranks)
-            print(found.text(self.folder), file=sys.stderr, flush=True)
-            write_atomic(self.folder / hang_report.TEXT, found.text(self.folder) + "\n")
-            write_atomic(self.folder / hang_report.RECORD, json.dumps(found.record(), indent=1) + "\n")
+            _say(found.text(self.folder))
+            with suppress(OSError):  # a disk that fails may be what all wait for
+                write_atomic(self.folder / hang_report.TEXT, found.text(self.folder) + "\n")
+                write_atomic(self.folder / hang_report.RECORD, json.dumps(found.record(), indent=1) + "\n")
         else:
             _wait(lambda: (self.folder / hang_report.RECORD).exists(), self.patience)
         self._end_the_stopped()
@@ -254,6 +255,12 @@ def _flights(path: Path) -> dict[str, dict[str, str]]:
 
 def _first(module: Any, *names: str) -> Any:
     return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+def _say(text: str) -> None:
+    """To people, if they still listen: the launcher that read our output may be gone."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
