@@ -98,7 +98,7 @@ def _ended(cluster: LoopbackSlurm, number: str, seconds: float) -> str:
 
 
 @pytest.mark.skipif("PRISM_SLURM_TEST" not in os.environ, reason="minutes long: make slurm-test runs it")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_job_that_was_told_to_stop_and_then_lost_a_node_ends_with_the_losses_of_an_unbroken_run(project: Path, cluster: LoopbackSlurm) -> None:
     words = recipe(project, Path("runs/broken"), steps=STEPS, global_batch=32, checkpoint__save_interval=3, **from_random(project))
     (project / "train.toml").write_text(tomli_w.dumps(merge(None, words)))
@@ -121,7 +121,8 @@ def test_a_job_that_was_told_to_stop_and_then_lost_a_node_ends_with_the_losses_o
     unbroken = prism("launch", "local", "train.toml", "output=runs/unbroken", "--ranks", "2", cwd=project, timeout=200)
     assert unbroken.returncode == 0, unbroken.stdout + unbroken.stderr
     expected = {line["step"]: (line["loss"], line["grad_norm"]) for line in metrics(project / "runs/unbroken")}
-    assert _ended(cluster, job, 150) == "COMPLETED", (project / "runs/broken.log").read_text()[-3000:]
+    # Slurm was once seen to end the new start for the old one's lost node: the job is then queued once more, for two minutes
+    assert _ended(cluster, job, 400) == "COMPLETED", (project / "runs/broken.log").read_text()[-3000:]
     first, *later = re.findall(r"from step (\d+) of", (project / "runs/broken.log").read_text())
     assert first == "0" and len(later) >= 2 and "0" not in later, "it went on, it did not begin anew"
     lines = metrics(broken)
