@@ -77,8 +77,10 @@ def compare(run: Run, unbroken: Path, outcomes: list[Outcome]) -> None:
             (behind or outcomes)[-1].wrong.append(f"step {step}: {len(names)} tensors differ, first {names[0]}")
 
 
-def survive(kinds: list[str], seed: int, ranks: int, device: str, root: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    """All of it; the report, as it is written to chaos.json in `root`."""
+def survive(
+    kinds: list[str], seed: int, ranks: int, device: str, root: Path, tell: Callable[[str], None], minutes: float | None = None
+) -> dict[str, Any]:
+    """All of it; the report, as it is written to chaos.json in `root`. minutes: after so many no further fault happens."""
     wanted = kinds
     with small_disk(root) as disk:
         if "full" in wanted and not can_fill(disk):
@@ -89,7 +91,7 @@ def survive(kinds: list[str], seed: int, ranks: int, device: str, root: Path, te
         unbroken = unbroken_run(run)
         begun = time.monotonic()
         try:
-            outcomes = _broken_run(run, draw(seed, wanted, ranks), tell)
+            outcomes = _broken_run(run, draw(seed, wanted, ranks), tell, minutes)
         finally:
             if run.process is not None:
                 kill_tree(run.process.pid)
@@ -101,10 +103,14 @@ def survive(kinds: list[str], seed: int, ranks: int, device: str, root: Path, te
     return report
 
 
-def _broken_run(run: Run, faults: list[Fault], tell: Callable[[str], None]) -> list[Outcome]:
-    chaos = Chaos(run, tell)
+def _broken_run(run: Run, faults: list[Fault], tell: Callable[[str], None], minutes: float | None) -> list[Outcome]:
+    chaos, begun, outcomes = Chaos(run, tell), time.monotonic(), []
     run.start()
-    outcomes = [chaos.meet(fault) for fault in faults]
+    for fault in faults:
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            tell(f"{minutes:g} minutes are over: {len(faults) - len(outcomes)} faults are left out")
+            break
+        outcomes.append(chaos.meet(fault))
     assert run.process is not None
     run.process.wait(PATIENCE_SECONDS)
     assert run.process.returncode == 0 and artifact.is_complete(run.output), f"the run did not end well\n{run.said()[-6000:]}"
@@ -160,6 +166,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--ranks", type=int, help="4; on cuda 2")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--minutes", type=float, help="after so many no further fault happens")
     parser.add_argument("--keep", type=Path, help="folder for all files; must not exist")
     return parser.parse_args()
 
@@ -170,6 +177,6 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=asked.keep is None)
     kinds = asked.faults.split(",") if asked.faults else mixture(asked.seed, asked.count)
     ranks = asked.ranks or (2 if asked.device == "cuda" else 4)
-    found = survive(kinds, asked.seed, ranks, asked.device, folder.resolve(), lambda text: print(text, flush=True))
+    found = survive(kinds, asked.seed, ranks, asked.device, folder.resolve(), lambda text: print(text, flush=True), asked.minutes)
     print(summary(found), f"all of it: {folder}/chaos.json", sep="\n")
     sys.exit(0 if found["good"] == found["faults"] and found["losses_equal"] else 1)

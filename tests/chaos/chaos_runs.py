@@ -28,7 +28,7 @@ from megatron_prism.engine import run_folder
 HOOKS = Path(__file__).resolve().parent / "hooks"
 POLL_SECONDS = 0.01
 PATIENCE_SECONDS = 400
-WATCHDOG_MINUTES = 0.2
+WATCHDOG_MINUTES, LONG_MINUTES = 0.2, 0.75
 STOPPED, REFUSED = 75, 2
 MENDED = "a copy of weights that another rank updates: gathered anew before the save, and never used"
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
@@ -87,6 +87,7 @@ class Run:
             "checkpoint__keep_last": None,
             "checkpoint__on_corrupt": "previous",
             "watchdog__timeout_minutes": WATCHDOG_MINUTES,
+            "watchdog__long_timeout_minutes": LONG_MINUTES,
             "check_memory": True,
             "hidden_dropout": 0.1,
             "schedule__kind": "constant",
