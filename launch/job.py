@@ -115,14 +115,15 @@ def run_local(job: Job, log: Path, output: Path | None = None, restarts: int = 0
     """Run a job on this machine under torchrun; its output goes to our terminal and to the end of `log`. Errors: UserError for several nodes.
 
     restarts: how often it is started again when it failed, from one and the same checkpoint of `output`: a run that makes progress goes on for ever.
-    Bad input and a run that was told to stop never are.
+    Bad input and a run that was told to stop never are, also where the word came before there was anything to save.
     """
     if job.nodes > 1:
         raise UserError(f"nodes={job.nodes}: this is one machine; drop nodes, or use prism launch slurm")
     places: list[Path | None] = []
+    told: list[int] = []
     while True:
-        outcome = _run_once(job, log)
-        if outcome.status in (0, 2, STOPPED_EARLY):
+        outcome = _run_once(job, log, told)
+        if told or outcome.status in (0, 2, STOPPED_EARLY):
             return outcome
         places.append(run_folder.newest(output) if output is not None else None)
         times = places.count(places[-1])
@@ -132,12 +133,12 @@ def run_local(job: Job, log: Path, output: Path | None = None, restarts: int = 0
         typer.secho(f"failed ({outcome.message}); start {times} of at most {restarts} {place}", fg="yellow", err=True)
 
 
-def _run_once(job: Job, log: Path) -> Outcome:
+def _run_once(job: Job, log: Path, told: list[int]) -> Outcome:
     title = shlex.join(map(secrets.mask, ["prism", *prism_arguments(job)])) + f"  # on {job.ranks} ranks"
     with tempfile.TemporaryDirectory(prefix="prism-") as folder:
         error, stopped = Path(folder) / "error", Path(folder) / "stopped"
         ours = {ERROR_FILE: str(error), STOPPED_FILE: str(stopped)}
-        with Child(torchrun_argv(job), {**torchrun_variables(), **environment(job), **ours}) as child, _handing_on(child):
+        with Child(torchrun_argv(job), {**torchrun_variables(), **environment(job), **ours}) as child, _handing_on(child, told):
             output = child.copy_output(log, title)
             status = child.wait()
         if error.exists():
@@ -148,15 +149,20 @@ def _run_once(job: Job, log: Path) -> Outcome:
 
 
 @contextmanager
-def _handing_on(child: Child) -> Iterator[None]:
+def _handing_on(child: Child, told: list[int]) -> Iterator[None]:
     """Inside, what asks us to stop asks the ranks, by the signal that every torchrun hands on: they save, and their status is ours.
 
-    Only where signals can be heard: in the main thread.
+    told: gets each such signal. Only where signals can be heard: in the main thread.
     """
+
+    def hand_on(number: int, _: object) -> None:
+        told.append(number)
+        child.process.terminate()
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {sign: signal.signal(sign, lambda *_: child.process.terminate()) for sign in STOP_SIGNALS}
+    previous = {sign: signal.signal(sign, hand_on) for sign in STOP_SIGNALS}
     try:
         yield
     finally:
