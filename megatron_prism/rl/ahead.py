@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,17 @@ class Ahead:
         write_all(folder / FILE, [head, *lines])
 
     def load(self, folder: Path, draw_of: Callable[[int], Draw]) -> None:
-        """Take up what a checkpoint has; nothing where it was saved without. draw_of: a step's draw, of this run."""
+        """Take up what a checkpoint has; nothing where it was saved without, or for another number of responses to a prompt than the run now
+        asks for: they are written anew. draw_of: a step's draw, of this run."""
         if not (folder / FILE).is_file():
             return
         head, *lines = records(folder / FILE)
         draw = draw_of(head["step"])
-        self.written = Written(draw, [_response(draw.prompts[line.pop("place")], line) for line in lines], head["seconds"])
+        if [(line["place"], line["sample"]) for line in lines] != draw.pairs:
+            return
+        responses = [_response(draw.prompts[line.pop("place")], line) for line in lines]
+        draw = replace(draw, version=responses[0].weights_version)  # that of then, not of the weights that the run goes on with
+        self.written = Written(draw, responses, head["seconds"])
 
 
 def mismatch(responses: Sequence[Response], generator: Generator | None, logp: Callable[[list[int]], Sequence[Any]]) -> float | None:

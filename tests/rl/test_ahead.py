@@ -14,8 +14,12 @@ from training import differing, final_state
 from megatron_prism import artifact
 from megatron_prism.engine import checkpoint, parallel, run_folder
 from megatron_prism.errors import UserError
+from megatron_prism.evals.frames import write_all
 from megatron_prism.generate.vllm_server import PYTHON
+from megatron_prism.grading import Question
 from megatron_prism.rl import ahead, loop
+from megatron_prism.rl.records import Prompt
+from megatron_prism.rl.rollouts import Draw, RolloutConfig
 
 AHEAD = {"rollout__steps_ahead": 1, "samples__interval": 1, "checkpoint__save_interval": 2, "checkpoint__keep_last": None}
 
@@ -62,6 +66,7 @@ def test_a_resumed_run_ahead_equals_the_unbroken_run_bit_for_bit(root, unbroken,
     assert (run_folder.step_folder(run, 2) / ahead.FILE).is_file()
     loop.reinforce(rl_runs.config(root, run, **AHEAD))
     assert rl_runs.numbers(run) == rl_runs.numbers(unbroken)
+    assert [line["lag"] for line in rl_runs.lines(run)] == [0, 1, 1, 1]
     assert [rl_runs.samples(run, step) for step in (3, 4)] == [rl_runs.samples(unbroken, step) for step in (3, 4)]
     assert differing(final_state(run), final_state(unbroken)) == []
 
@@ -74,6 +79,27 @@ def test_responses_that_are_not_resumed_break_the_equality(root, unbroken, tmp_p
     checkpoint.remove(run_folder.step_folder(run, 4))
     loop.reinforce(rl_runs.config(root, run, **AHEAD))
     assert rl_runs.numbers(run) != rl_runs.numbers(unbroken)
+
+
+def test_responses_of_another_group_size_are_written_anew(tmp_path):
+    """Taken up, they would be cut into groups of the new size, in which answers to different prompts would be compared."""
+    question = Question("a", "contains", "", {})
+    prompts = [Prompt(f"word/{number}", "words", question, (1, 2)) for number in range(2)]
+
+    def draw(size: int, version: int = 2) -> Draw:
+        return Draw(prompts, RolloutConfig(responses_per_prompt=size, context=8), 5, 2, version, writers=1)
+
+    written = [{"sample": sample, "tokens": [3], "written": [True], "logprobs": [-1.0], "text": "a"} for _, sample in draw(2).pairs]
+    rest = {"finish_reason": "stop", "weights_version": 1}
+    lines = [{"place": place, **line, **rest} for (place, _), line in zip(draw(2).pairs, written, strict=True)]
+    write_all(tmp_path / ahead.FILE, [{"step": 2, "seconds": 1.0}, *lines])
+    found = {}
+    for size in (2, 4):
+        waiting = ahead.Ahead()
+        waiting.load(tmp_path, lambda step, size=size: draw(size))
+        found[size] = waiting.take(2)
+    assert found[4] is None
+    assert found[2] is not None and found[2].draw.version == 1, "written by the weights of then"
 
 
 def test_servers_write_while_the_trainer_works(root, tmp_path, monkeypatch):
