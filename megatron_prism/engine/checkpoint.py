@@ -80,9 +80,12 @@ def save(
 
     def complete() -> None:
         artifact.complete(folder)
-        if after is not None:
-            after()
-        warn_of_little_room(folder, needed)
+        try:
+            if after is not None:
+                after()
+            warn_of_little_room(folder, needed)
+        except OSError as error:  # this one is good, and others may be gone already: to give it up now could leave none
+            logger.warning("%s is saved; what follows a save failed: %s", folder, error)
 
     try:
         on_main(lambda: _begin(folder, engine, progress, hf, config, parents))
