@@ -265,11 +265,7 @@ class Watch:
 
     def _sight(self, tensor: Tensor, what: str, module: str, weights: list[str]) -> Sight:
         index, micro_batch, backward = self._now
-        tensor = tensor.detach()
-        wrong = ~tensor.isfinite()
-        place = torch.nonzero(wrong)[0].tolist()
-        rest = tensor[~wrong]
-        value = float(tensor[tuple(place)])
+        place, count, value, largest = account(tensor.detach())
         return Sight(
             rank=self.mesh.rank,
             micro_batch=micro_batch * self.mesh.plan.dp + self.mesh.dp_rank,
@@ -281,9 +277,9 @@ class Watch:
             before=self._before,
             shape=list(tensor.shape),
             index=place,
-            count=int(wrong.sum()),
+            count=count,
             value="NaN" if value != value else "infinity" if value > 0 else "-infinity",
-            largest=float(rest.abs().max()) if rest.numel() else None,
+            largest=largest,
             weights=weights,
         )
 
@@ -335,6 +331,22 @@ def _judged(mesh: Mesh, watch: Watch, repeated: bool) -> Origin:
         gradients={one[0]["rank"]: one[3] for one in everyone if one[3]},
         largest=max((one[4] for one in everyone if one[4] is not None), default=None),
     )
+
+
+def account(tensor: Tensor) -> tuple[list[int], int, float, float | None]:
+    """Where the first number of a tensor is that is not finite, how many there are, that number, and the largest of the others.
+
+    Makes nothing larger than the tensor: a list of places would be many times as large, on a device that training fills.
+    """
+    wrong = ~tensor.isfinite()
+    first = int(wrong.flatten().byte().argmax())  # the first of the largest
+    place: list[int] = []
+    for size in reversed(tensor.shape):
+        first, here = divmod(first, size)
+        place.insert(0, here)
+    count = int(wrong.sum())
+    largest = float(tensor.abs().masked_fill_(wrong, 0).max()) if count < tensor.numel() else None
+    return place, count, float(tensor[tuple(place)]), largest
 
 
 def _tensors(found: Any) -> list[Tensor]:

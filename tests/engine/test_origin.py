@@ -8,6 +8,7 @@ import pytest
 import torch
 from bad_steps_plants import activation, gradient, gradient_of_output, layer_of, weight
 from tiny_models import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import recipe
 
 from megatron_prism.config import load_recipe
@@ -112,3 +113,31 @@ def test_a_stand_in_for_a_gradient_that_a_kernel_added_itself_is_not_looked_at(t
     linear.weight.register_hook(lambda gradient: gradient * torch.nan)
     seen = found(run)
     assert not seen.sights and not seen.gradients and not seen.repeated
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that was made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.size = max(self.size, made.numel() * made.element_size())
+        return made
+
+
+def test_the_account_of_a_tensor_is_that_of_its_places_and_takes_no_more_room_than_the_tensor():
+    """A device that training fills has no room for a list of places, 8 bytes a dimension and number."""
+    torch.manual_seed(1)
+    tensor = torch.randn(5, 7, 11).bfloat16().transpose(0, 1)
+    tensor[6, 2, 3], tensor[2, 4, 1], tensor[2, 1, 9] = torch.nan, torch.inf, -torch.inf
+    with Largest() as made:
+        place, count, value, largest = origin.account(tensor)
+    wrong = ~tensor.isfinite()
+    assert (place, count, value) == (wrong.nonzero()[0].tolist(), 3, float(tensor[2, 1, 9])) == ([2, 1, 9], 3, -torch.inf)
+    assert largest == float(tensor[~wrong].abs().max())
+    assert made.size <= tensor.numel() * tensor.element_size()
+    assert origin.account(torch.full((2, 3), torch.nan))[:2] == ([0, 0], 6) and origin.account(torch.full((2, 3), torch.nan))[3] is None
