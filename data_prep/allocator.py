@@ -24,9 +24,10 @@ PAD_BYTES = 4 << 20
 
 
 def environment() -> dict[str, str]:
-    """Variables that give processes begun with them the faster allocator; none where it is not installed."""
+    """Variables that give processes begun with them the faster allocator; none where it is not installed, or its path cannot be given: the loader
+    takes spaces and colons for ends of names, and complains of each part in every process."""
     path = _mimalloc() if sys.platform == "linux" else None
-    if path is None:
+    if path is None or any(sign in path for sign in " :"):
         return {}
     before = os.environ.get(PRELOAD)
     return {PRELOAD: path if before is None else f"{before}:{path}"}

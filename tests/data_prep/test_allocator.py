@@ -57,3 +57,13 @@ def test_a_package_without_its_library_is_none(monkeypatch, tmp_path):
 
     monkeypatch.setattr(metadata, "distribution", lambda name: Distribution())
     assert allocator.environment() == {}
+
+
+@linux
+@pytest.mark.parametrize("name", ["my environment", "a:b"])
+def test_a_path_that_the_loader_would_cut_is_not_given_to_it(monkeypatch, tmp_path, name):
+    library = tmp_path / name / "libmimalloc.so"
+    library.parent.mkdir()
+    library.touch()
+    monkeypatch.setattr(allocator, "_mimalloc", lambda: str(library))
+    assert allocator.environment() == {}
