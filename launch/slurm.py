@@ -36,7 +36,7 @@ ENDING = """\
 ((status)) || [[ -e {output}/{complete} ]] || status={early}  # it ended well, before its work was done
 # a job that Slurm itself has queued again, because a node was lost, is left alone
 if ((status != 0 && status != 2)) && [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]]; then
-  place=$(ls -1d {output}/checkpoints/step_*/{complete} 2>/dev/null | tail -n 1) || true
+  place=$(ls -1d {output}/checkpoints/step_????????/{complete} 2>/dev/null | tail -n 1) || true
   echo "after ${{place:-nothing}}" >> {failures}
   times=$(grep -cxF "after ${{place:-nothing}}" {failures})
   echo "status $status, $times times now after ${{place:-nothing}}" >&2

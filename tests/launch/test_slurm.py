@@ -86,7 +86,7 @@ TAIL = """
 ((status)) || [[ -e 'runs/my run'/COMPLETE ]] || status=75  # it ended well, before its work was done
 # a job that Slurm itself has queued again, because a node was lost, is left alone
 if ((status != 0 && status != 2)) && [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
-  place=$(ls -1d 'runs/my run'/checkpoints/step_*/COMPLETE 2>/dev/null | tail -n 1) || true
+  place=$(ls -1d 'runs/my run'/checkpoints/step_????????/COMPLETE 2>/dev/null | tail -n 1) || true
   echo "after ${place:-nothing}" >> 'runs/my run.failures'
   times=$(grep -cxF "after ${place:-nothing}" 'runs/my run.failures')
   echo "status $status, $times times now after ${place:-nothing}" >&2
@@ -200,9 +200,11 @@ def test_a_job_that_was_stopped_or_failed_is_queued_again_and_given_up_where_it_
     assert failed.returncode == 1 and "the numbers ran out" in failed.stderr and "2 times now after nothing" in failed.stderr
     assert (project / "requeued").read_text() == "4711\n", "requeues = 1: not a second time from the same place"
     mark = project / "runs" / ODD / "checkpoints/step_00000004/COMPLETE"
-    mark.parent.mkdir(parents=True)
-    mark.touch()
-    assert "1 times now after" in _run(project, ending="raise", ranks=2).stderr
+    damaged = mark.parent.with_name("step_00000006.damaged-1") / "COMPLETE"
+    for path in (mark, damaged):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert f"1 times now after {mark}" in _run(project, ending="raise", ranks=2).stderr, "what was set aside is no place to go on from"
     assert (project / "requeued").read_text() == "4711\n4711\n", "a new checkpoint is progress"
     (project / "restarts").write_text("1")
     assert "times now" not in _run(project, ending="raise", ranks=2).stderr
