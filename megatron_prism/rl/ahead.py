@@ -112,7 +112,8 @@ def mismatch(responses: Sequence[Response], generator: Generator | None, logp: C
         assert generator is not None, "rank 0 writes"
         longest = generator.longest_pair
         sizes = [len(one.prompt.tokens) + len(one.tokens) for one in responses]
-        chosen = [place for place, size in enumerate(sizes) if responses[place].tokens and (longest is None or size <= longest)][:PROBES]
+        fitting = [place for place, size in enumerate(sizes) if responses[place].tokens and (longest is None or size <= longest)]
+        chosen = fitting[:: -(-len(fitting) // PROBES) or 1]  # of all prompts, not of the first two
         scored = generator.score([(responses[place].prompt.tokens, responses[place].tokens) for place in chosen])
         return chosen, [one.logprobs for one in scored]
 

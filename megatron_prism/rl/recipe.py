@@ -168,6 +168,11 @@ class RLConfig(Block):
                 "rollout.steps_ahead=1 writes while the trainer works, so servers cannot sleep meanwhile; give them GPUs of their own "
                 "(generation.gpus) and set generator_sleeps=false, or steps_ahead=0"
             )
+        if self.rollout.steps_ahead and self.objective.importance_cap is None:
+            raise ValueError(
+                "rollout.steps_ahead=1 trains on what older weights wrote, and with objective.importance_cap=none nothing corrects for it; set a cap "
+                "(2 is the paper's), or steps_ahead=0"
+            )
         if self.generation.on_too_long == "truncate_left":
             raise ValueError("generation.on_too_long=truncate_left would train on prompts that were not read; prompts that are too long are dropped")
         return self

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import rl_runs
+import torch
 from fake_vllm import stand_in
 from training import differing, final_state
 
@@ -15,10 +16,11 @@ from megatron_prism import artifact
 from megatron_prism.engine import checkpoint, parallel, run_folder
 from megatron_prism.errors import UserError
 from megatron_prism.evals.frames import write_all
+from megatron_prism.generate.interface import Scored
 from megatron_prism.generate.vllm_server import PYTHON
 from megatron_prism.grading import Question
 from megatron_prism.rl import ahead, loop
-from megatron_prism.rl.records import Prompt
+from megatron_prism.rl.records import Prompt, Response
 from megatron_prism.rl.rollouts import Draw, RolloutConfig
 
 AHEAD = {"rollout__steps_ahead": 1, "samples__interval": 1, "checkpoint__save_interval": 2, "checkpoint__keep_last": None}
@@ -120,6 +122,29 @@ def test_servers_write_while_the_trainer_works(root, tmp_path, monkeypatch):
     run = loop.reinforce(rl_runs.config(root, tmp_path / "run", **settings))
     assert [{one["weights_version"] for one in rl_runs.samples(run, step)} for step in (1, 2, 3)] == [{0}, {0}, {1}]
     assert min(asked[:2]) > 8 and asked[2] == 0, f"{asked}: after the last step nothing is written"
+
+
+def test_the_probe_looks_at_responses_to_all_prompts():
+    question = Question("a", "contains", "", {})
+    prompts = [Prompt(str(number), "words", question, (number,)) for number in range(40)]
+    responses = [Response(prompt, sample, (3,), (True,), (-1.0,), "a", "stop", 1) for prompt in prompts for sample in range(4)]
+    asked: list[Any] = []
+
+    class Scorer:
+        longest_pair = None
+
+        def score(self, pairs: Any) -> list[Scored]:
+            asked.extend(prompt[0] for prompt, _ in pairs)
+            return [Scored((-1.5,), False)] * len(pairs)
+
+    parallel.start(torch.device("cpu"))
+    off = ahead.mismatch(responses, Scorer(), lambda chosen: [[-1.0]] * len(chosen))  # type: ignore[arg-type]
+    assert off == 0.5 and len(asked) <= ahead.PROBES and max(asked) - min(asked) > 30 and len(set(asked)) == len(asked)
+
+
+def test_responses_of_older_weights_need_an_importance_weight(root, tmp_path):
+    with pytest.raises(UserError, match="nothing corrects for it"):
+        rl_runs.config(root, tmp_path / "run", rollout__steps_ahead=1, objective__importance_cap=None)
 
 
 def test_servers_that_sleep_cannot_write_meanwhile(root, tmp_path):
