@@ -5,7 +5,7 @@ allows one, and cp by powers of two; dp is the rest. Each with nothing recompute
 core. What a rule forbids is kept with the rule; what is allowed is ordered by the predicted time of a step (`step_time`) for each sequence.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -44,6 +44,8 @@ class Task:
     machine: Machine = field(default_factory=Machine)
     check: Callable[[ParallelPlan, ParallelConfig, Training], None] | None = None
     """what else may forbid a layout. Errors: UserError"""
+    undone: Mapping[str, str] = field(default_factory=dict)
+    """a recipe's own keys of layout that no choice here has, with what turns them off"""
 
     def choice(self, plan: ParallelPlan, training: Training, tp_comm_overlap: bool = False) -> "Choice":
         """One layout's memory and time."""

@@ -91,7 +91,7 @@ def best_few(view: View, found: Survey, best: Choice, own: Choice | None) -> str
 def taken(view: View, best: Choice, found: Survey, own: Choice | None = None) -> str:
     """The overrides of the best, why it, its memory and what the run costs."""
     batch = "" if view.task.global_batch else f" global_batch={best.global_batch}"
-    lines = [f"take     {best.overrides}{batch}{' (the recipe as it is)' if best == own else ''}"]
+    lines = [f"take     {best.overrides}{batch} (the recipe as it is)" if best == own else f"take     {_overrides(view, best)}{batch}"]
     fits = f"; {verdict(best.need, view.memory_gib)}" if view.memory_gib is not None else ""
     lines.append(f"because  {best.reason}{fits}")
     lines += [f"or       {text}" for text in (_fewer_layers(view, best), _overlapped(view, best), _pipeline(view, best, found)) if text]
@@ -99,6 +99,13 @@ def taken(view: View, best: Choice, found: Survey, own: Choice | None = None) ->
     if text := costs(view, best):
         lines.append(text)
     return fold("\n".join(lines))
+
+
+def _overrides(view: View, choice: Choice) -> str:
+    """To paste behind the recipe: what it sets otherwise is turned off."""
+    said = choice.overrides
+    undone = [f"{key}={off}" for key, off in view.task.undone.items() if not any(word.startswith(f"{key}=") for word in said.split())]
+    return " ".join([said, *undone])
 
 
 def costs(view: View, choice: Choice) -> str:
@@ -304,7 +311,7 @@ def _pipeline(view: View, best: Choice, found: Survey) -> str | None:
     if quicker is None or best.plan.pp > 1:
         return None
     less = 1 - quicker.pace / best.pace
-    return f"{quicker.overrides}: {less:.0%} less time is predicted, but no pipeline was ever measured: compare them with `prism bench`"
+    return f"{_overrides(view, quicker)}: {less:.0%} less time is predicted, but no pipeline was ever measured: compare them with `prism bench`"
 
 
 def _model_flops(view: View) -> float:

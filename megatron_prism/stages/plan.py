@@ -158,7 +158,15 @@ class _Recipe:
             training=cfg.training,
             machine=machine,
             check=self.check,
+            undone={key: off for key, (value, off) in self._of_its_layout().items() if value},
         )
+
+    def _of_its_layout(self) -> dict[str, tuple[Any, str]]:
+        """Keys that belong to one layout and may forbid another: their values, and what turns them off."""
+        cfg, kept = self.cfg, ("tp", "pp", "cp", "sp")
+        of_layout = {f"parallel.{name}": getattr(cfg.parallel, name) for name in type(cfg.parallel).model_fields if name not in kept}
+        found = of_layout | {name: getattr(cfg, name) for name in ("recompute_layers", "keep_attention", "offload_activations")}
+        return {key: (value, "false" if isinstance(value, bool) else "none") for key, value in found.items()}
 
     def own(self, task: choices.Task) -> choices.Choice | None:
         """Its own layout; None where it is not allowed."""

@@ -53,6 +53,13 @@ def test_a_layout_that_fits_is_recommended_with_its_overrides(capsys):
     assert "fits: 52.5 GiB of 80 GiB" in words(text)
 
 
+def test_what_is_recommended_can_be_pasted_behind_a_recipe_with_settings_of_another_layout(capsys):
+    own = ["parallel.tp=2", "parallel.sp=true", "parallel.tp_comm_overlap=true", "recompute=full", "recompute_layers=4", "keep_attention=true"]
+    given = {"model": "granite-3.3-8b-base", "gpus": 64, "memory": 141.0}
+    (taken,) = re.findall(r"take     (parallel.*?)\nbecause", words(plan(capsys, GRANITE, *own, **given)))
+    assert "(the recipe as it is)" in plan(capsys, GRANITE, *own, *taken.split(), **given)
+
+
 def words(text: str) -> str:
     """Without the breaks of lines."""
     return re.sub(r"\n {5,}", " ", text)
