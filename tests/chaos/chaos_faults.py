@@ -45,7 +45,7 @@ def draw(seed: int, kinds: list[str], ranks: int) -> list[Fault]:
 
 def steps_for(kinds: list[str]) -> int:
     """How many steps a run needs to meet all of them."""
-    return 8 + sum(STEPS_EACH.get(kind, STEPS) for kind in kinds)
+    return 16 + sum(STEPS_EACH.get(kind, STEPS) for kind in kinds)
 
 
 def mixture(seed: int, count: int) -> list[str]:
