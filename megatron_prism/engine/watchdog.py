@@ -3,7 +3,8 @@
 Each rank tells what it is about (`beat`, `long_phase`), and a thread of its own looks whether that moves on. Nothing is exchanged while all is well:
 the first rank that finds itself late leaves a call in OUTPUT/watchdog, each rank's thread answers with what it is about, where its main thread
 stands, the stacks of all its threads and torch's record of its last collectives, and one of them writes who was behind (`hang_report`). A rank that
-does not answer is stopped, dead, or holds Python's lock in compiled code. Then all end with status 1. Files need no process group that works.
+does not answer is stopped, dead, or holds Python's lock in compiled code. Then all end with status 1. Files need no process group that works; and
+where their disk does not answer, the one that stands still may be all that there is to see, and the rank ends nevertheless.
 Owns: OUTPUT/watchdog, and when to end. Refuses nothing: without a timeout it does not look.
 """
 
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,11 +33,14 @@ from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.watchdog_settings import WatchdogSection
 
 FOLDER = "watchdog"
-CALL = "call"
+CALL = "call_"
+"""begins the name of a session's call: what is left of an earlier one, which NFS may still show, calls nobody"""
 STATUS = 1
 MOST_SECONDS_BETWEEN_LOOKS = 5.0
 FLIGHT_SECONDS = 5.0
 """how long to wait for torch's record of collectives, whose writing may hang with what it records"""
+DISK_SECONDS = 5.0
+"""how long the disk may take beside"""
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,12 @@ def record_flights(output: Path) -> None:
 def watching(output: Path, section: WatchdogSection | None, step: Callable[[], int]) -> Iterator[None]:
     """Inside, this rank is looked after. step: those that are done. Called on every rank at once; files of an earlier hang are kept, numbered."""
     folder = output / FOLDER
-    on_main(lambda: _make_room(folder))
+    call = on_main(lambda: _make_room(folder))
     if section is None:
         yield
         return
     beat("the first step")
-    watchdog = Watchdog(folder, section, step)
+    watchdog = Watchdog(folder, section, step, call)
     watchdog.start()
     try:
         yield
@@ -97,21 +102,23 @@ def watching(output: Path, section: WatchdogSection | None, step: Callable[[], i
         watchdog.stop()
 
 
-def _make_room(folder: Path) -> None:
+def _make_room(folder: Path) -> str:
+    """Rank 0; the name of this session's call."""
     if folder.exists() and any(folder.iterdir()):
         number = next(number for number in range(1, 10_000) if not folder.with_name(f"{FOLDER}_{number:03d}").exists())
         folder.rename(folder.with_name(f"{FOLDER}_{number:03d}"))
     folder.mkdir(exist_ok=True)
+    return CALL + uuid.uuid4().hex[:8]
 
 
 class Watchdog(threading.Thread):
     """The thread that looks after one rank."""
 
-    def __init__(self, folder: Path, section: WatchdogSection, step: Callable[[], int]) -> None:
+    def __init__(self, folder: Path, section: WatchdogSection, step: Callable[[], int], call: str) -> None:
         super().__init__(name="watchdog", daemon=True)
         import torch.distributed as dist
 
-        self.folder, self.step = folder, step
+        self.folder, self.step, self.call = folder, step, call
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.seconds, self.long_seconds = 60 * section.timeout_minutes, 60 * section.long_timeout_minutes
         self.interval = min(MOST_SECONDS_BETWEEN_LOOKS, self.seconds / 10)
@@ -123,7 +130,7 @@ class Watchdog(threading.Thread):
         self._seen = Beat()
         self._lost = 0.0
         """seconds of this beat in which this process itself did not run"""
-        self._ended = threading.Event()
+        self._ended, self._called = threading.Event(), threading.Event()
 
     def stop(self) -> None:
         """Look no longer."""
@@ -132,6 +139,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look, until the run is over."""
+        threading.Thread(target=self._listen, name="watchdog's ear", daemon=True).start()
         looked = time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
@@ -139,13 +147,19 @@ class Watchdog(threading.Thread):
             looked = now
         faulthandler.cancel_dump_traceback_later()
 
+    def _listen(self) -> None:
+        """Whether a rank has called. A thread of its own: a disk that does not answer keeps it, and not the one that looks."""
+        while not self._ended.wait(self.interval):
+            if self.call in _names(self.folder):
+                self._called.set()
+
     def _look(self, pause: float) -> None:
         seen = _now
         self._lost = 0.0 if seen.number != self._seen.number else self._lost + (pause if pause > self.interval + 1 else 0.0)
         self._seen = seen
         may_take = self.long_seconds if seen.is_long or self.step() == self.first_step else self.seconds
         late = time.monotonic() - seen.since - self._lost > may_take
-        if late or (self.folder / CALL).exists():
+        if late or self._called.is_set():
             self._answer_and_end(seen, late)
         gone = self._missed()
         if gone is not None:
@@ -162,10 +176,21 @@ class Watchdog(threading.Thread):
         return f"a rank beside it has ended (process {dead[0]})" if dead else None
 
     def _answer_and_end(self, seen: Beat, late: bool) -> None:
+        """Whatever happens while it answers, the end comes."""
         faulthandler.cancel_dump_traceback_later()
+        telling = threading.Thread(target=self._tell, args=(seen, late), daemon=True)
+        telling.start()
+        telling.join(2 * self.patience + FLIGHT_SECONDS + DISK_SECONDS)
+        if telling.is_alive():
+            place = hang_report.place(sys._current_frames()[threading.main_thread().ident or 0])
+            _say(f"rank {self.rank}: no progress ({seen.phase}, step {self.step() + 1}; is at {place}), and {self.folder} does not answer; it ends")
+        self._end_the_stopped()
+        os._exit(STATUS)
+
+    def _tell(self, seen: Beat, late: bool) -> None:
         with suppress(OSError):
             if late:
-                (self.folder / CALL).touch()
+                (self.folder / self.call).touch()
             self._answer(seen, late)
         answers = self._others()
         if self.rank == min(answers, default=self.rank) and answers:
@@ -175,9 +200,7 @@ class Watchdog(threading.Thread):
                 write_atomic(self.folder / hang_report.TEXT, found.text(self.folder) + "\n")
                 write_atomic(self.folder / hang_report.RECORD, json.dumps(found.record(), indent=1) + "\n")
         else:
-            _wait(lambda: (self.folder / hang_report.RECORD).exists(), self.patience)
-        self._end_the_stopped()
-        os._exit(STATUS)
+            _wait(lambda: hang_report.RECORD in _names(self.folder), self.patience)
 
     def _answer(self, seen: Beat, late: bool) -> None:
         """OUTPUT/watchdog/rank_N.txt, flight_N and then rank_N.json."""
@@ -204,9 +227,10 @@ class Watchdog(threading.Thread):
 
     def _others(self) -> dict[int, Answer]:
         """The answers of all ranks; of those that come in time."""
-        paths = {rank: self.folder / f"rank_{rank}.json" for rank in range(self.ranks)}
-        _wait(lambda: all(path.exists() for path in paths.values()), self.patience)
-        return {rank: Answer(**json.loads(path.read_text(encoding="utf-8"))) for rank, path in paths.items() if path.exists()}
+        files = {rank: f"rank_{rank}.json" for rank in range(self.ranks)}
+        _wait(lambda: _names(self.folder).issuperset(files.values()), self.patience)
+        there = _names(self.folder)
+        return {rank: Answer(**json.loads((self.folder / name).read_text(encoding="utf-8"))) for rank, name in files.items() if name in there}
 
     def _end_the_stopped(self) -> None:
         """A rank that was stopped (SIGSTOP) hears nothing but SIGKILL, and its launcher would wait for it."""
@@ -257,6 +281,13 @@ def _first(module: Any, *names: str) -> Any:
     return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
+def _names(folder: Path) -> set[str]:
+    """What lies there; nothing where the disk fails. Listed: NFS may say for a minute that a name is absent, but opening a folder asks the server."""
+    with suppress(OSError):
+        return set(os.listdir(folder))  # noqa: PTH208 (names are what is asked for)
+    return set()
+
+
 def _say(text: str) -> None:
     """To people, if they still listen: the launcher that read our output may be gone."""
     with suppress(OSError, ValueError):
@@ -266,4 +297,4 @@ def _say(text: str) -> None:
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.2)
