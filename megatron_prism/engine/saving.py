@@ -132,6 +132,12 @@ def _shares(items: list[tuple[Any, Any]]) -> list[list[tuple[Any, Any]]]:
 def _finish(plan: ShardedPlan, written: list[Written]) -> None:
     """Rank 0: what says where everything lies, and what it was."""
     files = {name: checksum for part in written for name, checksum in part.files.items()}
+    lost = [text for name, checksum in files.items() if (text := checksums.damage(plan.folder / name, checksum, blocks=())) is not None]
+    if lost:  # older checkpoints are deleted for this one
+        raise UserError(
+            f"{lost[0]} by its rank: rank 0 sees {len(lost)} of {len(files)} files so. All machines must write to one disk that they share; this "
+            "checkpoint was given up, those that are complete are as they were. Give output a folder that all see, then start the same command again"
+        )
     plan.finish([part.results for part in written])
     files |= {METADATA: checksums.of_file(plan.folder / METADATA), CONFIG: checksums.of_bytes(BACKENDS.encode())}
     artifact.write_atomic(plan.folder / checksums.TABLE, checksums.to_text(files))
