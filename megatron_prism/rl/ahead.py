@@ -25,6 +25,8 @@ from megatron_prism.rl.rollouts import Draw, message_of
 FILE = "responses_ahead.jsonl.zst"
 PROBES = 32
 """responses that the generator scores again with the step's weights, to tell what it is off by from what the policy has moved since"""
+PROBE_TOKENS = 1024
+"""of a prompt with the beginning of its response: vLLM makes the logits of all that it scores at once, outside of its memory plan"""
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,20 @@ def mismatch(responses: Sequence[Response], generator: Generator | None, logp: C
 
     def score() -> tuple[list[int], list[tuple[float, ...]]]:
         assert generator is not None, "rank 0 writes"
-        longest = generator.longest_pair
-        sizes = [len(one.prompt.tokens) + len(one.tokens) for one in responses]
-        fitting = [place for place, size in enumerate(sizes) if responses[place].tokens and (longest is None or size <= longest)]
+        limit = min(PROBE_TOKENS, generator.longest_pair or PROBE_TOKENS)
+        fitting = [place for place, one in enumerate(responses) if one.tokens and len(one.prompt.tokens) < limit]
         chosen = fitting[:: -(-len(fitting) // PROBES) or 1]  # of all prompts, not of the first two
-        scored = generator.score([(responses[place].prompt.tokens, responses[place].tokens) for place in chosen])
-        return chosen, [one.logprobs for one in scored]
+        pairs = [(responses[place].prompt.tokens, responses[place].tokens) for place in chosen]
+        scored = [generator.score([(prompt, tokens[: limit - len(prompt)])]) for prompt, tokens in pairs]
+        return chosen, [one.logprobs for (one,) in scored]
 
     chosen, theirs = on_main(score)
-    if not chosen:
-        return None
-    ours = [row[-len(other) :] for row, other in zip(logp(chosen), theirs, strict=True)]
-    masks = [np.array(responses[place].written) for place in chosen]
-    off = [np.abs(np.asarray(row) - np.asarray(other))[mask] for row, other, mask in zip(ours, theirs, masks, strict=True)]
-    return float(np.concatenate(off).mean())
+    off = []
+    for place, row, other in zip(chosen, logp(chosen), theirs, strict=True):
+        start, written = len(responses[place].prompt.tokens), np.array(responses[place].written[: len(other)])
+        off.append(np.abs(np.asarray(row[start : start + len(other)]) - np.asarray(other))[written])
+    found = np.concatenate(off) if off else np.empty(0)
+    return float(found.mean()) if found.size else None
 
 
 def _response(prompt: Prompt, line: dict[str, Any]) -> Response:

@@ -168,6 +168,11 @@ class RLConfig(Block):
                 "rollout.steps_ahead=1 writes while the trainer works, so servers cannot sleep meanwhile; give them GPUs of their own "
                 "(generation.gpus) and set generator_sleeps=false, or steps_ahead=0"
             )
+        if self.rollout.steps_ahead and self.generation.backend == "vllm" and self.generation.gpus is None and self.device != "cpu":
+            raise ValueError(
+                "rollout.steps_ahead=1 needs servers on other GPUs than the trainer's, and generation.gpus=none puts them on the first ones; name "
+                'those behind the ranks\', such as generation.gpus=["6", "7"] beside --nproc-per-node 6'
+            )
         if self.rollout.steps_ahead and self.objective.importance_cap is None:
             raise ValueError(
                 "rollout.steps_ahead=1 trains on what older weights wrote, and with objective.importance_cap=none nothing corrects for it; set a cap "

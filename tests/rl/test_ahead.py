@@ -151,3 +151,9 @@ def test_servers_that_sleep_cannot_write_meanwhile(root, tmp_path):
     settings = {"generation__backend": "vllm", "generation__server_flags__enable-sleep-mode": True, "rollout__steps_ahead": 1}
     with pytest.raises(UserError, match="servers cannot sleep meanwhile"):
         rl_runs.config(root, tmp_path / "run", **settings)
+
+
+def test_servers_on_the_trainers_gpus_are_refused(root, tmp_path):
+    settings = {"generation__backend": "vllm", "rollout__steps_ahead": 1, "device": "cuda"}
+    with pytest.raises(UserError, match="needs servers on other GPUs than the trainer's"):
+        rl_runs.config(root, tmp_path / "run", **settings)
