@@ -24,7 +24,7 @@ import typer
 from megatron_prism import __version__, stages
 from megatron_prism.artifact import write_atomic
 from megatron_prism.config import blocks_in, load_recipe, validate
-from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, DivergenceError, FaultyMachineError, StoppedEarly, UserError
+from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, DivergenceError, FaultyMachineError, MachineError, StoppedEarly, UserError
 
 SECONDS_FOR_RANK_0 = 5.0
 
@@ -51,6 +51,9 @@ def main() -> None:
     _yield_names_of_the_clone()
     try:
         app(_with_recipe_command(sys.argv[1:]), prog_name="prism", standalone_mode=True)
+    except MachineError as error:
+        _report(str(error), is_final=False)
+        raise SystemExit(1) from None
     except UserError as error:
         _report(str(error))
         raise SystemExit(2) from None

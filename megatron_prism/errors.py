@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class MachineError(UserError):
+    """A disk or a network that failed, perhaps for now: status 1, and the launcher may start the same command again, as after a crash."""
+
+
 class DivergenceError(RuntimeError):
     """A training step that went wrong in a way that its recipe does not let it go on from; the newest checkpoint is from before.
 

@@ -4,6 +4,8 @@ Called on every rank. Groups are built once and handed on; nothing else looks th
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_prism.config import TIMEOUT_MINUTES
 from megatron_prism.engine.device import backend
+from megatron_prism.errors import StoppedEarly
 from megatron_prism.planning.layout import ParallelPlan
 
 _timeout_minutes = 30
@@ -106,6 +109,25 @@ def build_mesh(plan: ParallelPlan, seed: int) -> Mesh:
         dp_rank=parallel_state.get_data_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),
     )
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around a stage's work: the process groups end with it.
+
+    After an error on NCCL they are left to the process's end: to destroy them waits for exchanges that other ranks may never join, and the error
+    would be told by nobody.
+    """
+    try:
+        yield
+    except StoppedEarly:
+        stop()
+        raise
+    except BaseException:
+        if not (dist.is_initialized() and dist.get_backend() == "nccl"):
+            stop()
+        raise
+    stop()
 
 
 def stop() -> None:

@@ -10,6 +10,7 @@ Owns: that, the room on the disk that a save needs, and what a failed one says. 
 """
 
 import copy
+import errno
 import io
 import logging
 import shutil
@@ -35,7 +36,7 @@ from megatron_prism.engine import mcore, parallel
 from megatron_prism.engine.mcore import ShardedPlan
 from megatron_prism.engine.ranks import concluded, on_all, on_main
 from megatron_prism.engine.sharded import BACKENDS, COMMON, CONFIG, METADATA, alone, without_crc
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
 FILES_PER_RANK = 2
@@ -43,6 +44,8 @@ FILES_PER_RANK = 2
 BUFFER_BYTES = 1 << 20
 """small writes are gathered: torch.save makes a dozen for each tensor"""
 ALIGNMENT_BYTES = 64
+FOR_PEOPLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
+"""errors of a write that stay until somebody mends them; any other (a disk's, a network's) may be gone at the next start"""
 
 
 @dataclass
@@ -185,7 +188,8 @@ class reporting:  # noqa: N801 (reads as a verb where it is used)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
-            raise UserError(_failed_write(self.path, error)) from None
+            kind = UserError if error.errno in FOR_PEOPLE else MachineError
+            raise kind(_failed_write(self.path, error)) from None
 
 
 def _failed_write(path: Path, error: OSError) -> str:

@@ -9,7 +9,6 @@ Owns: OUTPUT/watchdog, and when to end. Refuses nothing: without a timeout it do
 """
 
 import faulthandler
-import importlib
 import json
 import os
 import signal
@@ -264,7 +263,9 @@ def _flights(path: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
 
     def ask() -> None:
-        c10d: Any = importlib.import_module("torch._C._distributed_c10d")
+        import torch
+
+        c10d: Any = torch._C._distributed_c10d  # type: ignore[attr-defined]
 
         with suppress(Exception):  # of use where it is, and no reason to end otherwise
             path.write_bytes(_first(c10d, "_dump_nccl_trace", "_dump_fr_trace")())

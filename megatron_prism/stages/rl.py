@@ -47,13 +47,11 @@ def run(cfg: RLConfig) -> Path:
         from megatron_prism.evals.inline import InlineEvaluation
 
         evaluate = InlineEvaluation(cfg.training, cfg.evaluation)
-    from megatron_prism.engine import calendar, parallel, watchdog
+    from megatron_prism.engine import calendar, parallel, run_lock, watchdog
     from megatron_prism.rl import loop
 
     watchdog.record_flights(cfg.output)
-    try:
+    with run_lock.held(cfg.output), parallel.ending():
         loop.reinforce(cfg, evaluate)
         calendar.stopped_early(cfg.output)
-    finally:
-        parallel.stop()
     return cfg.output

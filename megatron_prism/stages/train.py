@@ -39,12 +39,10 @@ def run(cfg: TrainConfig) -> Path:
         from megatron_prism.evals.inline import InlineEvaluation
 
         evaluate = InlineEvaluation(cfg, cfg.evaluation)
-    from megatron_prism.engine import calendar, loop, parallel, watchdog
+    from megatron_prism.engine import calendar, loop, parallel, run_lock, watchdog
 
     watchdog.record_flights(cfg.output)
-    try:
+    with run_lock.held(cfg.output), parallel.ending():
         loop.train(cfg, evaluate)
         calendar.stopped_early(cfg.output)
-    finally:
-        parallel.stop()
     return cfg.output

@@ -59,7 +59,7 @@ def test_white_space_of_an_answer_counts_whatever_the_tokenizer_leaves_out_of_pl
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     assert backend.encode("  a", add_special_tokens=False).offsets[0] != (0, 1), "this one trims"
     ids, places = load_marking_encoder(backend.to_str())(["def\n        return   "])
-    assert ids == untrimmed[0] and places[0].tolist() == untrimmed[1][0].tolist()
+    assert ids[0].tolist() == untrimmed[0][0].tolist() and places[0].tolist() == untrimmed[1][0].tolist()
     assert tokens_of([(3, 21)], places[0])[-1], "the last token is white space"
 
 

