@@ -265,7 +265,7 @@ def _flights(path: Path) -> dict[str, dict[str, str]]:
     def ask() -> None:
         import torch
 
-        c10d: Any = torch._C._distributed_c10d  # type: ignore[attr-defined]
+        c10d: Any = torch._C._distributed_c10d
 
         with suppress(Exception):  # of use where it is, and no reason to end otherwise
             path.write_bytes(_first(c10d, "_dump_nccl_trace", "_dump_fr_trace")())

@@ -3,6 +3,7 @@
 Owns: what a side is, our engine stepped through the functions of `prism train`, and giving its memory back.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
@@ -61,7 +62,7 @@ class Ours:
         settings = self.case.train.optimizer
         report = train_step(self.stepped, self.data, self.sample, settings.lr, settings.weight_decay)
         self.sample += self.case.train.global_batch
-        self.last_loss = report.loss
+        self.last_loss = report.loss if report.applied else math.nan  # a step that changed nothing did not take an update's time
 
     def loss(self) -> float:
         """Of the last step, over all ranks."""
