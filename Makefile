@@ -35,7 +35,7 @@ smollm2: $(VENV)/.installed
 	$(VENV)/bin/python examples/smollm2_135m/run.py
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .

@@ -2,7 +2,6 @@
 meanwhile."""
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -105,25 +104,21 @@ def test_responses_of_another_group_size_are_written_anew(tmp_path):
 
 
 def test_servers_write_while_the_trainer_works(root, tmp_path, monkeypatch):
-    """The trainer's turn begins, and does not end before half of the sixteen responses of the next step were asked for."""
-    count = tmp_path / "count"
-    for name, value in ((PYTHON, stand_in(tmp_path)), ("FAKE_COUNTER", count), ("FAKE_DIES_AT", "0"), ("FAKE_SECONDS", "0.1")):
+    """Nobody waits for the next step's responses before the trainer's turn; in it all sixteen are written, at 0.1 s each."""
+    for name, value in ((PYTHON, stand_in(tmp_path)), ("FAKE_SECONDS", "0.1")):
         monkeypatch.setenv(name, str(value))
-    right, asked = loop._update, []
+    right, written = loop._update, []
 
     def slow(run: loop.Run, batch: Any) -> Any:
-        before, deadline = count.stat().st_size, time.monotonic() + 100
-        expected = 8 if run.progress.step + 1 < run.cfg.steps else 0
-        while count.stat().st_size < before + expected and time.monotonic() < deadline:
-            time.sleep(0.05)
-        asked.append(count.stat().st_size - before)
+        parts = run.ahead._parts
+        written.append(None if parts is None else len(parts.result(timeout=100)[0]))
         return right(run, batch)
 
     monkeypatch.setattr(loop, "_update", slow)
     settings = {**AHEAD, "generation__backend": "vllm", "generation__batch_size": 4, "alarms__mismatch": None, "steps": 3}
     run = loop.reinforce(rl_runs.config(root, tmp_path / "run", **settings))
     assert [{one["weights_version"] for one in rl_runs.samples(run, step)} for step in (1, 2, 3)] == [{0}, {0}, {1}]
-    assert min(asked[:2]) >= 8 and asked[2] == 0, f"{asked}: after the last step nothing is written"
+    assert written == [16, 16, None], "after the last step nothing is written"
 
 
 def test_the_probe_looks_at_responses_to_all_prompts():
