@@ -24,6 +24,7 @@ def test_every_group_of_a_mesh_waits_as_long_as_the_default_group(minutes: int, 
         return right(*ranks, **settings)
 
     monkeypatch.setattr(dist, "new_group", new_group)
+    parallel.stop()  # a test before this one may have left its own groups
     parallel.start(device.setup("cpu"), minutes)
     try:
         parallel.build_mesh(ALONE, seed=1)

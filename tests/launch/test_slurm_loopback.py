@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def project(tmp_path: Path) -> Path:
 
 def _launch(project: Path, cluster: LoopbackSlurm, *words: str, starter: str = "srun") -> dict[str, str]:
     """`prism launch slurm`; the numbers of the jobs by the names of their stages."""
-    (project / "cluster.toml").write_text(CLUSTER.format(python=shutil.which("python"), starter=starter))
+    (project / "cluster.toml").write_text(CLUSTER.format(python=sys.executable, starter=starter))
     env = {**cluster.variables, "PYTHONPATH": str(project / "importable"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     done = prism("launch", "slurm", *words, "--cluster", "cluster.toml", cwd=project, env=env)
     assert done.returncode == 0, done.stderr
