@@ -22,9 +22,6 @@ from torch import Tensor
 
 from megatron_prism.engine.optimizer import Optimizer
 
-STATES = ("param", "exp_avg", "exp_avg_sq")
-"""fp32 master weight, first and second moment."""
-
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size of an n-dimensional slice."""
 
@@ -105,6 +102,11 @@ def _owned(part: Any, weight: torch.nn.Parameter) -> Tensor:
     return owned
 
 
+def _room_for(value: Tensor) -> Tensor:
+    """Where a loaded value goes: in its place if that is host memory (or a copy made there), else beside it, where the device may have no room."""
+    return value if value.device.type == "cpu" else torch.empty(value.shape, dtype=torch.float32, device="cpu")
+
+
 class OptimizerState:
     """The optimizer's state of this rank, in a form that megatron-core's dist_checkpointing saves, or fills."""
 
@@ -113,11 +115,8 @@ class OptimizerState:
         self.tensors: dict[str, ShardedTensor] = {}
         self._loaded: list[tuple[Any, torch.nn.Parameter, dict[str, Tensor]]] = []
         for part, weight, start, stop in own_state(optimizer):
-            owned = _owned(part, weight)
-            if loading:  # through host memory: the device may have no room for a second copy
-                tensors = {name: torch.empty(owned.shape, dtype=torch.float32, device="cpu") for name in STATES}
-            else:
-                tensors = {name: value.detach() for name, value in part.optimizer.values(owned).items()}
+            held = {name: value.detach() for name, value in part.optimizer.values(_owned(part, weight)).items()}
+            tensors = {name: _room_for(value) for name, value in held.items()} if loading else held
             if loading:
                 self._loaded.append((part, weight, tensors))
             self._add(weight, by_weight[id(weight)], tensors, start, stop)

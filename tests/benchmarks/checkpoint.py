@@ -1,12 +1,12 @@
 """What a checkpoint costs a run on CPU ranks: the stall of a save, in order and in the background, and a restore, beside the disk's own rate.
 
-    python tests/benchmarks/checkpoint.py [--parameters 0.3e9] [--ranks 2] [--rounds 3] [--folder DIR]
+    python tests/benchmarks/checkpoint.py [--parameters 0.3e9] [--ranks 2] [--rounds 3] [--folder DIR] [--waiting-only]
 
 bf16 weights and fp32 optimizer state, 14 bytes a weight. Each round measures, one after the other, in DIR: the disk (the same bytes, written by as
 many processes with fsync at the end, and read back after the page cache was dropped for them), a save that the run waits for, a save in the
 background (how long the run stands still, and when it is complete), the comparison with the checksums, and a load. Other work on the machine
 changes the figures from round to round: compare within a round, and seconds of a core (of all ranks together). Printed are
-medians, and every round.
+medians, and every round. --waiting-only leaves the background out, whose copy takes 14 bytes a weight more of memory.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BLOCK_BYTES = 1 << 24
 NAMES = ("write", "read", "sync", "stall", "background", "check", "load")
+BESIDE = {"sync": "write", "stall": "write", "background": "write", "check": "read", "load": "read"}
+"""what each is compared with"""
 
 
 def main() -> None:
@@ -32,14 +35,18 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    arguments.add_argument("--waiting-only", action="store_true", help="no save in the background")
     options = arguments.parse_args()
     if "RANK" in os.environ:
         measure(options)
         return
     from multirank import run_ranks
 
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         words = [f"--parameters={options.parameters}", f"--rounds={options.rounds}", f"--folder={folder}"]
+        words += ["--waiting-only"] if options.waiting_only else []
         run_ranks(Path(__file__), options.ranks, *words, timeout=3000)
         found = json.loads((Path(folder) / "found.json").read_text())
     show(found, options.ranks)
@@ -49,16 +56,20 @@ def show(found: dict, ranks: int) -> None:
     """A table of medians, and all rounds."""
     size = found["bytes"]
     print(f"{found['parameters']:,} parameters, {size / 2**30:.2f} GiB a checkpoint, {ranks} ranks, {os.cpu_count()} cores; torch {found['torch']}")
-    for name in NAMES:
+    names = [name for name in NAMES if name in found["rounds"][0]]
+    for name in names:
         seconds = [line[name] for line in found["rounds"]]
         middle = statistics.median(seconds)
         cores = [line[f"{name} core"] for line in found["rounds"] if f"{name} core" in line]
         used = f"  {statistics.median(cores):6.2f} s of a core" if cores else " " * 18
+        used += f"  +{max(line.get(f'{name} memory', 0.0) for line in found['rounds']):.2f} GiB in rank 0"
         print(f"{name:<11} {middle:7.2f} s  {size / middle / 1e9:6.2f} GB/s{used}   rounds: {'  '.join(f'{value:.2f}' for value in seconds)}")
-    for name, beside in (("sync", "write"), ("stall", "write"), ("background", "write"), ("check", "read"), ("load", "read")):
+    for name in (name for name in names if name not in BESIDE.values()):
+        beside = BESIDE[name]
         ratios = [line[name] / line[beside] for line in found["rounds"]]
         print(f"{name} / {beside} of the disk: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print("steps beside a save in the background / alone:", "  ".join(f"{line['slower']:.2f}" for line in found["rounds"]))
+    if "stall" in names:
+        print("steps beside a save in the background / alone:", "  ".join(f"{line['slower']:.2f}" for line in found["rounds"]))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -81,7 +92,9 @@ def measure(options: argparse.Namespace) -> None:
     def timed(name: str, work) -> None:
         dist.barrier()
         begun, busy = time.perf_counter(), time.process_time()
-        work()
+        with Peak() as peak:
+            work()
+        line[f"{name} memory"] = peak.gib
         used = torch.tensor(time.process_time() - busy)
         dist.barrier()
         line[name] = time.perf_counter() - begun
@@ -92,14 +105,9 @@ def measure(options: argparse.Namespace) -> None:
         checkpoint.save(engine, run, Progress(step=step), hf, config, [], **how)
 
     folder = run / "checkpoints"
-    save(1, background=background)  # makes the buffer, and tells the size
-    background.wait()
-    share = sum(path.stat().st_size for path in folder.rglob(f"__{dist.get_rank()}_*"))
-    made = folder / "step_00000003"
-    for _ in range(options.rounds):
-        line.clear()
-        disk(options.folder / f"disk.{dist.get_rank()}", share, timed)
-        timed("sync", lambda: save(2))
+    made = folder / ("step_00000002" if options.waiting_only else "step_00000003")
+
+    def save_in_background() -> None:
         shutil.rmtree(folder / "step_00000002", ignore_errors=True) if dist.get_rank() == 0 else None
         alone = work_rate()
         begun = time.perf_counter()
@@ -109,6 +117,16 @@ def measure(options: argparse.Namespace) -> None:
         background.wait()
         dist.barrier()
         line["background"], line["slower"] = time.perf_counter() - begun, alone / beside if busy else float("nan")
+
+    save(1, background=None if options.waiting_only else background)  # makes the buffer, and tells the size
+    background.wait()
+    share = sum(path.stat().st_size for path in folder.rglob(f"__{dist.get_rank()}_*"))
+    for _ in range(options.rounds):
+        line.clear()
+        disk(options.folder / f"disk.{dist.get_rank()}", share, timed)
+        timed("sync", lambda: save(2))
+        if not options.waiting_only:
+            save_in_background()
         drop_cache(made)
         timed("check", lambda: integrity.require_whole(made))
         drop_cache(made)
@@ -122,6 +140,29 @@ def measure(options: argparse.Namespace) -> None:
         found = {"parameters": parameters, "bytes": int(total), "torch": torch.__version__, "rounds": rounds}
         (options.folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
+
+
+class Peak:
+    """The most of its own memory (RssAnon, GiB) that this process took inside, above what it had, sampled every 20 ms."""
+
+    def __enter__(self) -> "Peak":
+        self.before, self.gib, self.done = own(), 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.02):
+            self.gib = max(self.gib, own() - self.before)
+
+
+def own() -> float:
+    """GiB of anonymous memory of this process."""
+    return next(int(line.split()[1]) / 2**20 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
 
 
 def build(count: float, folder: Path):
