@@ -1,16 +1,19 @@
 """A pass over the weights of several models: every matrix measured once for every pair, two tensors (three where updates are compared) at a time.
 
-Owns: who reads what, in one process or several, each with its own rules; figures are the same for any number of them and any form of the models.
+Owns: who reads what, in one process or several, each with its own rules and its part of the cores; figures are the same for any number of them and
+any form of the models.
 Refuses: NaN and infinite weights, by model and tensor, where they are met.
 Peak memory of a process: the tensors of one rule of two (or three) models, the fp32 update of one matrix where ranks are asked for (its float64
 copies besides where its smaller side is at most `rank.SMALL`, or for the effective rank), and, of Hugging Face folders, the pages of one mapped shard
 each, which the kernel takes back when it needs them.
 """
 
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +31,8 @@ from megatron_prism.errors import UserError
 from megatron_prism.families.family import Layered
 
 Rank = Literal["stable", "effective"] | None
+MOST_THREADS = 8
+"""of a process; with more they wait for each other's turn in the interpreter"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Walker:
     """The models, open."""
 
     job: Job
+    spread: measure.Spread = map
     parents: list[merging.Parent] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +107,7 @@ class Walker:
         pair = self.job.pairs[number]
         old, new = (read(model, matrix) for model in pair)
         try:
-            slices = tuple(measure.sums(old[rows], new[rows]) for rows in _rows(matrix))
+            slices = tuple(measure.sums(old[rows], new[rows], self.spread) for rows in _rows(matrix))
         except measure.NotFiniteError as error:
             model = pair[error.which]
             raise UserError(
@@ -115,8 +121,8 @@ class Walker:
 
     def _cosine(self, read: "_Read", matrix: Matrix, pair: tuple[int, int]) -> tuple[Cosine, ...]:
         (start, one), (_, other) = (self.job.pairs[place] for place in pair)
-        tensors = [read(model, matrix) for model in (start, one, other)]
-        return tuple(measure.cosine(*(tensor[rows] for tensor in tensors)) for rows in _rows(matrix))
+        first, second, third = (read(model, matrix) for model in (start, one, other))
+        return tuple(measure.cosine(first[rows], second[rows], third[rows], self.spread) for rows in _rows(matrix))
 
 
 def _rows(matrix: Matrix) -> Iterator[slice]:
@@ -152,28 +158,46 @@ def _elements(tensors: Sequence[Tensor]) -> Counter[str]:
     return found
 
 
-def walk(job: Job, workers: int, measured: Callable[[int, Batch], None], found: Mapping[int, Batch] | None = None) -> list[Batch]:
-    """Every rule's matrices, in the order of the family's rules. measured: told of every rule that is done, with its place; found: those that were
-    done before, by place, which are not measured again. Errors: UserError."""
-    here, batches = Walker(job), dict(found or {})
-    places = [place for place in range(len(here.entries)) if place not in batches]
+def walk(
+    job: Job, workers: int, measured: Callable[[int, Batch], None], found: Mapping[int, Batch] | None = None, threads: int | None = None
+) -> list[Batch]:
+    """Every rule's matrices, in the order of the family's rules.
+
+    measured: told of every rule that is done, with its place; found: those that were done before, by place, which are not measured again;
+    threads: of each process; None: all cores between the workers. Errors: UserError.
+    """
+    batches = dict(found or {})
+    threads = threads or max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // workers))
 
     def take(place: int, batch: Batch) -> None:
         batches[place] = batch
         measured(place, batch)
 
     if workers == 1:
-        with _one_thread():
-            for place in places:
-                take(place, here.batch(place))
+        with _one_thread(), _threads(threads) as spread:
+            here = Walker(job, spread)
+            for place in range(len(here.entries)):
+                if place not in batches:
+                    take(place, here.batch(place))
         return _in_order(batches)
+    places = [place for place in range(len(Walker(job).entries)) if place not in batches]
     try:
-        with processes.pool(workers, _open, job) as pool:
+        with processes.pool(workers, _open, (job, threads)) as pool:
             for place, batch in zip(places, pool.map(_batch, places), strict=True):
                 take(place, batch)
     except BrokenProcessPool:
         raise UserError(f"one of workers={workers} processes ended, killed for want of memory perhaps; try workers={workers // 2}") from None
     return _in_order(batches)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[measure.Spread]:
+    """What spreads the runs of a matrix over so many threads."""
+    if count == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(count) as pool:
+        yield pool.map
 
 
 @contextmanager
@@ -192,13 +216,16 @@ def _in_order(batches: Mapping[int, Batch]) -> list[Batch]:
 
 
 _walker: Walker
+_held = ExitStack()
+"""a worker's threads"""
 
 
-def _open(job: Job) -> None:
+def _open(state: tuple[Job, int]) -> None:
     global _walker
+    job, threads = state
     processes.begin()
     torch.set_num_threads(1)
-    _walker = Walker(job)
+    _walker = Walker(job, _held.enter_context(_threads(threads)))
 
 
 def _batch(place: int) -> Batch:

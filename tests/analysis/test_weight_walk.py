@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import write_tiny
 
-from megatron_prism.analysis import stream
+from megatron_prism.analysis import measure, stream
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,14 @@ def test_figures_are_the_same_for_any_number_of_threads(folders):
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
     assert max(one.matrix.shape[0] * one.matrix.shape[-1] for batch in found[0] for one in batch.measured) >= 1 << 16
+
+
+def test_figures_are_the_same_for_any_number_of_threads_that_share_a_matrix(folders, monkeypatch):
+    """Parts so small that every thread takes many of every matrix."""
+    monkeypatch.setattr(measure, "RUN", 1 << 10)
+    job = stream.Job(("a", "b", "c"), (*folders, folders[0]), ((0, 1), (0, 2)), ((0, 1),), frozenset(), None)
+    one, two, five = (stream.walk(job, 1, lambda rule, batch: None, threads=threads) for threads in (1, 2, 5))
+    assert one == two == five
 
 
 PARENT = """
