@@ -7,7 +7,7 @@ from typing import Any
 from megatron_prism.data_prep.history import consumption, recorded
 from megatron_prism.report import chart, parts
 from megatron_prism.report.parts import Cell
-from megatron_prism.report.runs import CHECKPOINTS, Artifact
+from megatron_prism.report.runs import CHECKPOINTS, STEP, Artifact
 from megatron_prism.report.scales import Axis, number
 
 RUNS = ("train", "extend")
@@ -25,7 +25,7 @@ def plans(one: Artifact) -> list[dict[str, Any]]:
     """The plans of a run's data: from its provenance, or from its newest checkpoint where an older version wrote it."""
     if one.provenance.get("data_plans"):
         return list(one.provenance["data_plans"])
-    states = sorted(one.folder.glob(f"{CHECKPOINTS}/step_*/state.json"))
+    states = sorted(one.folder.glob(f"{CHECKPOINTS}/{STEP}/state.json"))
     return recorded(one.read_json(str(states[-1].relative_to(one.folder)))["progress"]["data"]) if states else []
 
 

@@ -22,6 +22,8 @@ KIND = "report"
 DEPTH = 4
 """folders below a named one in which artifacts are looked for"""
 CHECKPOINTS = "checkpoints"
+STEP = "step_????????"
+"""a checkpoint's folder; one that was set aside because it is damaged has a longer name, and is no part of its run"""
 UNRECORDED = {"prep": ("tokenizer",)}
 """keys of a config that name an artifact which provenance has no digest of"""
 RUN_KINDS = ("train", "extend", "rl")
@@ -280,7 +282,7 @@ def _digests(one: Artifact) -> Iterator[tuple[str, int | None]]:
     """Of the artifact, and of its checkpoints."""
     if one.digest:
         yield one.digest, None
-    for mark in sorted(one.folder.glob(f"{CHECKPOINTS}/step_*/{artifact.COMPLETE}")):
+    for mark in sorted(one.folder.glob(f"{CHECKPOINTS}/{STEP}/{artifact.COMPLETE}")):
         try:
             yield str(json.loads(mark.read_text(encoding="utf-8"))["digest"]), _step_of(mark.parent)
         except (OSError, ValueError, KeyError, TypeError):

@@ -2,10 +2,11 @@ import json
 import shutil
 
 import pytest
-from report_cases import make, pipeline, trained
+from report_cases import make, pipeline, scored, trained
 
+from megatron_prism import artifact
 from megatron_prism.errors import UserError
-from megatron_prism.report import runs
+from megatron_prism.report import data_section, runs
 from megatron_prism.report.runs import gather
 
 
@@ -98,6 +99,26 @@ def test_a_removed_checkpoint_is_said_to_be_gone(tmp_path):
     shutil.rmtree(run / "checkpoints" / "step_00000010")
     link = by_name(gather([child]))["child"].parents[0]
     assert (link.artifact.name, link.step, link.artifact.state) == ("long", 10, "unfinished")
+
+
+def test_a_damaged_checkpoint_that_was_set_aside_is_no_part_of_its_run(tmp_path):
+    run = trained(tmp_path / "base", finished=False)
+    folder = run / "checkpoints" / "step_00000040"
+    child = scored(tmp_path / "child", [folder])
+    folder.rename(folder.with_name("step_00000040.damaged-1"))
+    make(folder, "checkpoint")
+    artifact.complete(run)
+    (link,) = by_name(gather([run, child]))["child"].parents
+    assert (link.artifact.name, link.step, link.note) == ("base", 40, "made again since")
+
+
+def test_plans_of_an_old_run_are_those_of_its_newest_checkpoint_not_of_a_damaged_one(tmp_path):
+    run = make(tmp_path / "old", "train", files={"metrics.jsonl": ""}, finished=False, steps=40)
+    for name, source in (("step_00000010", "sums"), ("step_00000020", "prose"), ("step_00000030.damaged-1", "torn")):
+        state = {"progress": {"data": {"sources": [{"name": source}]}}}
+        make(run / "checkpoints" / name, "checkpoint", files={"state.json": state})
+    (found,) = gather([run])
+    assert [record["sources"][0]["name"] for record in data_section.plans(found)] == ["prose"]
 
 
 def test_an_unfinished_run_says_how_far_it_is(tmp_path):
