@@ -74,11 +74,14 @@ class BadStepsSection(Block):
             return
         if save_interval is None:
             raise ValueError("bad_steps.spike goes back to a checkpoint, and checkpoint.save_interval is none; set it, or bad_steps.spike=none")
-        needed = 1 - -(self.spike.patience + self.spike.margin) // save_interval
+        skips = self.on_nan == "skip"  # a step without a number between two suspect ones is neither, and puts the verdict off
+        steps = self.spike.patience + self.spike.margin + (self.max_skipped if skips else 0)
+        needed = 1 - -steps // save_interval
         if keep_last is not None and keep_last < needed:
+            named = "bad_steps.spike.patience + margin" + (" + bad_steps.max_skipped" if skips else "")
             raise ValueError(
                 f"checkpoint.keep_last={keep_last}: {needed - 1} may be saved between the first step that is left out and the verdict (within "
-                f"bad_steps.spike.patience + margin = {self.spike.patience + self.spike.margin} steps, one each {save_interval}); keep {needed}"
+                f"{named} = {steps} steps, one each {save_interval}); keep {needed}"
             )
 
 

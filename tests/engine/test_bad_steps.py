@@ -74,6 +74,10 @@ def config(tmp_path: Path, **settings: Any) -> TrainConfig:
             {"bad_steps__spike__margin": 3, "checkpoint__save_interval": 4, "checkpoint__keep_last": 2},
             r"keep_last=2: 2 may be saved .*patience \+ margin = 5 steps, one each 4\); keep 3",
         ),
+        (
+            {"bad_steps__on_nan": "skip", "bad_steps__spike__margin": 4, "checkpoint__save_interval": 4, "checkpoint__keep_last": 3},
+            r"keep_last=3: 3 may be saved .*patience \+ margin \+ bad_steps.max_skipped = 9 steps, one each 4\); keep 4",
+        ),
         ({"bad_steps__spike__deviations": None, "checkpoint__save_interval": 4}, "a spike needs a limit"),
         ({"bad_steps__on_nan": "ignore"}, "'stop' or 'skip'"),
         ({"bad_steps__on_nan": "skip", "precision": "bf16", "fp8__recipe": "delayed"}, "scales remember the step that was left out"),
