@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ from megatron_prism.engine import prometheus
 from megatron_prism.errors import UserError
 
 METRICS = "metrics.jsonl"
+ROLLED_BACK_FROM = "rolled_back_from"
+"""in the line of a step that a run went back to: the step at which it did. A number: writers that keep all that they were told show it too"""
 MOST_OF_AN_ERROR = 2000
 """characters"""
 Metrics = dict[str, Any]
@@ -56,7 +59,7 @@ class MetricsLog:
         self.file = self.path.open("a", encoding="utf-8")
         self.console = Console(file=sys.stderr)
         self.writers = [self._prometheus(run, config.prometheus, settings)] if config.prometheus is not None else []  # first: it may be refused
-        self.writers += [make(run, name, settings) for make, name in _chosen_writers(config)]
+        self.writers += [make(run, name, settings) for make, name in _chosen_writers(config, first_step)]
         self.bar = _progress_bar(self.console, first_step, total_steps) if self.console.is_terminal else None
 
     def step(self, number: int, metrics: Metrics, total_steps: int) -> None:
@@ -83,7 +86,7 @@ class MetricsLog:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def take_back(self, step: int) -> None:
-        """Drop the lines beyond a step that the run goes back to: the file tells one history. Other writers keep what they were told."""
+        """Drop the lines beyond a step that the run goes back to: the file tells one history. Writers hear of it by a record of ROLLED_BACK_FROM."""
         if not self.enabled:
             return
         self.file.close()
@@ -127,15 +130,23 @@ Writer = Callable[[Metrics | None], None]
 """Takes each record, and None at the end."""
 
 
-def _tensorboard(run: Path, name: str, settings: Metrics) -> Writer:
+def _tensorboard(first_step: int, run: Path, name: str, settings: Metrics) -> Writer:
+    """Tells one history: what an earlier session, or the steps that were taken back, said of later steps is shown no more."""
     from torch.utils.tensorboard import SummaryWriter
 
-    events: Any = SummaryWriter(str(run / "tensorboard"))
+    def after(step: int) -> Any:
+        return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    events = after(first_step)
 
     def write(record: Metrics | None) -> None:
-        if record is None:
+        nonlocal events
+        if record is None or ROLLED_BACK_FROM in record:
             events.close()
+        if record is None:
             return
+        if ROLLED_BACK_FROM in record:
+            events = after(record["step"])
         for key, value in _numbers(record).items():
             events.add_scalar(key, value, record["step"])
 
@@ -172,10 +183,10 @@ def _mlflow(run: Path, experiment: str, settings: Metrics) -> Writer:
     return write
 
 
-def _chosen_writers(config: LogConfig) -> list[tuple[Callable[[Path, str, Metrics], Writer], str]]:
+def _chosen_writers(config: LogConfig, first_step: int) -> list[tuple[Callable[[Path, str, Metrics], Writer], str]]:
     chosen: list[tuple[Callable[[Path, str, Metrics], Writer], str]] = []
     if config.tensorboard:
-        chosen.append((_tensorboard, ""))
+        chosen.append((partial(_tensorboard, first_step), ""))
     if config.wandb:
         chosen.append((_wandb, config.wandb))
     if config.mlflow:

@@ -16,7 +16,7 @@ from megatron_prism import artifact
 from megatron_prism.data_prep.history import recorded, without_window
 from megatron_prism.engine import bad_steps, checkpoint, memory_check, origin, run_folder
 from megatron_prism.engine.bad_steps import Memory, limit
-from megatron_prism.engine.metrics import read_records
+from megatron_prism.engine.metrics import ROLLED_BACK_FROM, read_records
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.step import DivergenceError, StepReport, forward_backward
 from megatron_prism.errors import FaultyMachineError
@@ -154,7 +154,8 @@ def roll_back(run: Run, report: StepReport) -> None:
     said = f"{what}: back to {folder}, samples {way.first_sample} to {way.first_sample + way.num_samples - 1} are left out"
     on_main(lambda: _take_back(run, way, records, said))
     _go_back(run, way, records)
-    run.log.event(way.step, {"rollback": {"from_step": step, "first_sample": way.first_sample, "num_samples": way.num_samples}}, said)
+    what_was = {"from_step": step, "first_sample": way.first_sample, "num_samples": way.num_samples}
+    run.log.event(way.step, {"rollback": what_was, ROLLED_BACK_FROM: step}, said)
 
 
 def _way_back(run: Run) -> Return | None:

@@ -219,7 +219,7 @@ def test_what_was_left_out_and_taken_back_is_told_in_every_place(rolled_back):
     jumped = [line["loss"] for line in records[0]["taken_back"] if "grad_norm" in line]
     assert len(jumped) == 4 and min(jumped[2:]) > 1.1 * max(jumped[:2])
     told = [json.loads(line) for line in (rolled_back / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in told if "rollback" in line] == [6, 10]
+    assert [(line["step"], line["rolled_back_from"]) for line in told if "rollback" in line] == [(6, 10), (10, 14)]
     assert [line["step"] for line in told] == sorted(line["step"] for line in told)
     assert [folder.name for folder in run_folder.complete_steps(rolled_back)] == [f"step_{step:08d}" for step in range(2, 19, 2)]
 
