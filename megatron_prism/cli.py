@@ -1,4 +1,4 @@
-"""The `prism` command: finds the stage, checks its recipe, runs it. Nothing here imports torch.
+"""The `prism` command: finds the stage, checks its recipe, runs it. Nothing here imports torch. `prism launch` is launch/commands.py's.
 
     prism <stage> RECIPE.toml [key.sub=value ...] [--dry-run]
     prism convert import HF_DIR OUT      prism convert export CHECKPOINT OUT
@@ -24,7 +24,17 @@ import typer
 from megatron_prism import __version__, stages
 from megatron_prism.artifact import write_atomic
 from megatron_prism.config import blocks_in, load_recipe, validate
-from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, DivergenceError, FaultyMachineError, MachineError, StoppedEarly, UserError
+from megatron_prism.errors import (
+    ERROR_FILE,
+    STOPPED_EARLY,
+    STOPPED_FILE,
+    DivergenceError,
+    MachineError,
+    PassingDivergenceError,
+    StoppedEarly,
+    UserError,
+)
+from megatron_prism.launch import commands
 
 SECONDS_FOR_RANK_0 = 5.0
 
@@ -38,8 +48,7 @@ app = typer.Typer(
 )
 convert = typer.Typer(help=stages.STAGES["convert"], no_args_is_help=True)
 app.add_typer(convert, name="convert")
-launch = typer.Typer(help="Start a recipe or a pipeline: on this machine, as Slurm jobs, as a nemo-run experiment.", no_args_is_help=True)
-app.add_typer(launch, name="launch")
+app.add_typer(commands.app, name="launch")
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE.toml] [key.sub=value ...]", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan; write nothing")]
@@ -58,7 +67,7 @@ def main() -> None:
         _report(str(error))
         raise SystemExit(2) from None
     except DivergenceError as error:
-        _report(str(error), is_final=not isinstance(error, FaultyMachineError))
+        _report(str(error), is_final=not isinstance(error, PassingDivergenceError))
         raise SystemExit(1) from None
     except StoppedEarly as stopped:
         if STOPPED_FILE in os.environ:
@@ -207,73 +216,6 @@ def run(
     from megatron_prism.launch.pipeline import run_pipeline
 
     run_pipeline(pipeline, dry_run=dry_run, remake=remake, restarts=restarts)
-
-
-Targets = Annotated[list[str], typer.Argument(metavar="RECIPE|PIPELINE.toml [key.sub=value ...]", show_default=False)]
-StageOf = Annotated[str | None, typer.Option(help="whose recipe it is; default: what its name begins with, as in train_16k.toml")]
-Nodes = Annotated[int | None, typer.Option(help="machines")]
-Gpus = Annotated[int | None, typer.Option(help="GPUs of each machine; a training stage has one rank a GPU")]
-Ranks = Annotated[int | None, typer.Option(help="processes in all, where there are no GPUs")]
-Hours = Annotated[float | None, typer.Option(help="wall-clock limit; of a pipeline: the most that a stage asks for")]
-ClusterFile = Annotated[Path | None, typer.Option(envvar="PRISM_CLUSTER", help="what the cluster wants to know; its keys: docs/launch.md")]
-Account = Annotated[str | None, typer.Option(help="account to charge; wins over the cluster file")]
-PartitionName = Annotated[str | None, typer.Option(help="partition to queue in; wins over the cluster file")]
-Restarts = Annotated[int, typer.Option(min=0, help="how often what failed is started again from one and the same checkpoint")]
-PrintOnly = Annotated[bool, typer.Option("--print", help="show what would be started; write nothing")]
-
-
-@launch.command("local")
-def launch_local(
-    words: Targets, stage: StageOf = None, gpus: Gpus = None, ranks: Ranks = None, restarts: Restarts = 0, print_only: PrintOnly = False
-) -> None:
-    """torchrun on this machine; a pipeline as prism run does it."""
-    from megatron_prism.launch import launcher
-
-    launcher.local(launcher.read(words, stage, gpus=gpus, ranks=ranks), print_only, restarts)
-
-
-@launch.command("slurm")
-def launch_slurm(
-    words: Targets,
-    stage: StageOf = None,
-    nodes: Nodes = None,
-    gpus: Gpus = None,
-    ranks: Ranks = None,
-    hours: Hours = None,
-    cluster: ClusterFile = None,
-    account: Account = None,
-    partition: PartitionName = None,
-    after: Annotated[list[str] | None, typer.Option(help="number of a job to wait for")] = None,
-    print_only: PrintOnly = False,
-) -> None:
-    """One sbatch script a stage; a pipeline as jobs that wait for each other, without those whose output is finished."""
-    from megatron_prism.launch import launcher
-    from megatron_prism.launch.cluster import load_cluster
-
-    target = launcher.read(words, stage, nodes=nodes, gpus=gpus, ranks=ranks, hours=hours)
-    launcher.on_slurm(target, load_cluster(cluster, account=account, partition=partition), after or [], print_only)
-
-
-@launch.command("nemo")
-def launch_nemo(
-    words: Targets,
-    stage: StageOf = None,
-    nodes: Nodes = None,
-    gpus: Gpus = None,
-    ranks: Ranks = None,
-    hours: Hours = None,
-    cluster: ClusterFile = None,
-    account: Account = None,
-    partition: PartitionName = None,
-    detach: Annotated[bool, typer.Option("--detach", help="return once it is submitted")] = False,
-    print_only: PrintOnly = False,
-) -> None:
-    """A nemo-run experiment, on the executor that the cluster file names: local, slurm, skypilot."""
-    from megatron_prism.launch import launcher
-    from megatron_prism.launch.cluster import load_cluster
-
-    target = launcher.read(words, stage, nodes=nodes, gpus=gpus, ranks=ranks, hours=hours)
-    launcher.on_nemo(target, load_cluster(cluster, account=account, partition=partition), detach, print_only)
 
 
 @app.command()

@@ -21,11 +21,15 @@ class DivergenceError(RuntimeError):
     """
 
 
-class FaultyMachineError(DivergenceError):
-    """A step that went wrong by no fault of the run: its memory changed by itself, or it went right when it was taken again.
+class PassingDivergenceError(DivergenceError):
+    """A step that went wrong and may go right when it is taken again, as it did in a replay: why is not known.
 
     Also status 1, but no message for the launcher to give up with: the same command may go well, so it is started again as after a crash.
     """
+
+
+class FaultyMachineError(PassingDivergenceError):
+    """A step that went wrong by no fault of the run: its memory changed by itself."""
 
 
 ERROR_FILE = "PRISM_ERROR_FILE"
