@@ -25,6 +25,12 @@ from megatron_prism.engine.step import Engine
 Table = dict[str, Any]
 NAMED = 4
 """of what there are many of, so many are named to people"""
+ONCE = {
+    False: "That tells no cause: kernels or exchanges whose sums have no fixed order may do so near an overflow (deterministic=true rules that out), "
+    "and so may a device or memory that was wrong once",
+    True: "Sums had a fixed order (deterministic=true), so that a device or memory that was wrong once is the likely cause; it is not seen which",
+}
+"""what may be said of a step that went wrong and whose replay did not, by whether sums had a fixed order"""
 NOUNS = {"activation": "output of", "input": "input of", "gradient": "gradient of the output of", "weight gradient": "gradient of"}
 
 
@@ -76,6 +82,8 @@ class Origin:
     weights: dict[int, list[str]]
     gradients: dict[int, list[str]]
     largest: tuple[float, str, int] | None
+    fixed_order: bool = False
+    """whether sums had a fixed order (deterministic=true)"""
 
     @property
     def micro_batch(self) -> int | None:
@@ -97,14 +105,14 @@ class Origin:
     def describe(self) -> str:
         """For people, in one line."""
         if self.sights:
-            return self._first()
+            return self._first() + ("" if self.repeated else "; yet loss and gradient norm of that replay are finite")
         if self.gradients:
             rank, names = min(self.gradients.items())
             return f"the gradients of {_few(names)} are not finite on {_place(self.places[rank])}; no activation was seen to be"
         if not self.repeated:
             return (
-                "it did not happen again when the batch was replayed with the same weights: look for a faulty device or memory, or for kernels whose "
-                "sums have no fixed order (deterministic=true)"
+                "it did not happen again when the batch was replayed with the same weights: loss, gradient norm and every tensor were finite. "
+                + ONCE[self.fixed_order]
             )
         said = "every tensor of every rank is finite, the gradients' sum over the ranks, or the sum of their squares, is not"
         return said if self.largest is None else f"{said}; the largest, {self.largest[0]:.3g}, is of {self.largest[1]} on rank {self.largest[2]}"
@@ -330,6 +338,7 @@ def _judged(mesh: Mesh, watch: Watch, repeated: bool) -> Origin:
         weights={one[0]["rank"]: one[2] for one in everyone if one[2]},
         gradients={one[0]["rank"]: one[3] for one in everyone if one[3]},
         largest=max((one[4] for one in everyone if one[4] is not None), default=None),
+        fixed_order=torch.are_deterministic_algorithms_enabled(),
     )
 
 

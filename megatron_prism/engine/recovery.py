@@ -19,7 +19,7 @@ from megatron_prism.engine.bad_steps import Memory, limit
 from megatron_prism.engine.metrics import ROLLED_BACK_FROM, read_records
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.step import DivergenceError, StepReport, forward_backward
-from megatron_prism.errors import FaultyMachineError
+from megatron_prism.errors import FaultyMachineError, PassingDivergenceError
 
 if TYPE_CHECKING:
     from megatron_prism.engine.loop import Run
@@ -76,7 +76,7 @@ def leave_out(run: Run, report: StepReport, random_states: dict[str, Any] | None
     else:
         way_on = f"more than bad_steps.max_skipped={section.max_skipped} of {section.skip_window} steps went so: lower optimizer.lr, or look at them"
     if not found.repeated:
-        raise FaultyMachineError(f"{said}. Nothing of this step was saved; start the same command again")
+        raise PassingDivergenceError(f"{said}. Nothing of this step was saved; start the same command again")
     raise DivergenceError(f"{said}. Nothing of this step was saved; {way_on}")
 
 

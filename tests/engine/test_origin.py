@@ -1,6 +1,7 @@
 """A replay that looks at every tensor: it finds what is there, and nothing where nothing is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def test_a_stand_in_for_a_gradient_that_a_kernel_added_itself_is_not_looked_at(t
     linear.weight.register_hook(lambda gradient: gradient * torch.nan)
     seen = found(run)
     assert not seen.sights and not seen.gradients and not seen.repeated
+    assert "That tells no cause" in seen.describe(), "a replay that is finite says nothing of the machine"
+    assert "Sums had a fixed order (deterministic=true), so that a device or memory" in replace(seen, fixed_order=True).describe()
 
 
 class Largest(TorchDispatchMode):
