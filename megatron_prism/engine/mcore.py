@@ -15,11 +15,11 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
 from torch.distributed.checkpoint import FileSystemWriter, Metadata
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_prism.engine import untrusted
+from megatron_prism.engine.torch_private import StoragePrefix
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _Planned(FileSystemWriter):
     can_run_decentralized_global_plan = True
 
     def prepare_decentralized_global_plan(self, local_plan: SavePlan) -> SavePlan:
-        return replace(local_plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
+        return replace(local_plan, storage_data=StoragePrefix(f"__{dist.get_rank()}_"))
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         self.items = [(item, planner.resolve_data(item)) for item in plan.items]

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_prism import artifact, checksums
@@ -37,6 +36,7 @@ from megatron_prism.engine.mcore import ShardedPlan
 from megatron_prism.engine.ranks import concluded, on_all, on_main
 from megatron_prism.engine.sharded import BACKENDS, COMMON, CONFIG, METADATA, alone, without_crc
 from megatron_prism.errors import MachineError, UserError
+from megatron_prism.engine.torch_private import StorageInfo
 
 logger = logging.getLogger(__name__)
 FILES_PER_RANK = 2
@@ -118,7 +118,7 @@ def _write_item(file: Summing, item: Any, data: Any, name: str) -> WriteResult:
     else:
         torch.save(alone(data.detach().cpu()), file)
     length = file.tell() - start
-    return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, start, length))
+    return WriteResult(index=item.index, size_in_bytes=length, storage_data=StorageInfo(name, start, length))
 
 
 def _shares(items: list[tuple[Any, Any]]) -> list[list[tuple[Any, Any]]]:

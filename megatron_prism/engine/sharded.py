@@ -21,12 +21,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import LoadPlan, Metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from megatron_prism import checksums
 from megatron_prism.artifact import sync_folder, write_atomic
+from megatron_prism.engine.torch_private import StorageInfo
 from megatron_prism.engine.untrusted import MetadataReader
 from megatron_prism.errors import UserError
 
@@ -243,7 +243,7 @@ class _Writer:
     folder: Path
     tp: int
     metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata] = field(default_factory=dict)
-    places: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
+    places: dict[MetadataIndex, Any] = field(default_factory=dict)
     files: dict[str, checksums.Summing] = field(default_factory=dict)
 
     def __enter__(self) -> "_Writer":
@@ -305,7 +305,7 @@ class _Writer:
         start = file.tell()
         with without_crc():
             torch.save(value, file)
-        self.places[index] = _StorageInfo(name, start, file.tell() - start)
+        self.places[index] = StorageInfo(name, start, file.tell() - start)
 
 
 def _cut(section: Tensor, axis: int | None, parts: int) -> Iterator[tuple[int, list[int], Tensor]]:
