@@ -19,7 +19,7 @@ from megatron_prism.engine import checkpoint, run_folder, stop_signals, watchdog
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.metrics import MetricsLog, read_records
 from megatron_prism.engine.ranks import on_main
-from megatron_prism.engine.recipe import CheckpointSection, EvaluationSection, ExportSection
+from megatron_prism.engine.recipe_blocks import CheckpointSection, EvaluationSection, ExportSection
 from megatron_prism.engine.saving import Background
 from megatron_prism.engine.step import Engine
 from megatron_prism.engine.watchdog_settings import WatchdogSection

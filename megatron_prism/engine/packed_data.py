@@ -17,7 +17,7 @@ from megatron_prism.data_prep.blend import Blend, Loss
 from megatron_prism.data_prep.packed_sampler import PackedSampler
 from megatron_prism.engine.data import MicroBatch, SampleReader
 from megatron_prism.engine.documents import Documents, documents
-from megatron_prism.engine.recipe import DataSection, PackingSection
+from megatron_prism.engine.recipe_blocks import DataSection, PackingSection
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prism.engine import recipe
-from megatron_prism.engine.recipe import EvaluationSection, TrainConfig
+from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.recipe_blocks import EvaluationSection
 from megatron_prism.evals.recipe import EvaluateConfig, GenerationConfig, ModelEntry, TasksConfig, chat_of, sampling_of, tasks_of
 from megatron_prism.generate.interface import Progress
 

@@ -14,7 +14,8 @@ from megatron_prism.config import Block, Fraction, NonNegative, OptimizerConfig,
 from megatron_prism.data_prep.packing import PackingOptions
 from megatron_prism.engine import recipe, run_folder
 from megatron_prism.engine.metrics import LogConfig, check_writers
-from megatron_prism.engine.recipe import CheckpointSection, EvaluationSection, ExportSection, ModelSection, TrainConfig
+from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.recipe_blocks import CheckpointSection, EvaluationSection, ExportSection, ModelSection
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.engine.watchdog_settings import WatchdogSection
 from megatron_prism.errors import UserError

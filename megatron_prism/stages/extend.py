@@ -11,7 +11,8 @@ from megatron_prism import families
 from megatron_prism.config import Fraction, NonNegative, Positive
 from megatron_prism.differences import differences
 from megatron_prism.engine import recipe
-from megatron_prism.engine.recipe import DataSection, TrainConfig, parents
+from megatron_prism.engine.recipe import TrainConfig, parents
+from megatron_prism.engine.recipe_blocks import DataSection
 from megatron_prism.engine.schedule import ScheduleConfig
 from megatron_prism.families.extension import Extension, RopeChange
 from megatron_prism.families.model_config import ModelConfig

@@ -13,7 +13,8 @@ from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.engine import checkpoint, data_plan
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.packed_data import PackedReader, open_reader
-from megatron_prism.engine.recipe import DataSection, PackingSection, TrainConfig
+from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.recipe_blocks import DataSection, PackingSection
 from megatron_prism.errors import UserError
 
 SEQ_LEN = 32

@@ -18,7 +18,8 @@ from megatron_prism.engine import checkpoint
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.packed_data import PackedBatch, PackedReader, open_reader
 from megatron_prism.engine.parallel import Mesh
-from megatron_prism.engine.recipe import DataSection, PackingSection, TrainConfig
+from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.recipe_blocks import DataSection, PackingSection
 from megatron_prism.errors import UserError
 from megatron_prism.planning.layout import make_plan
 

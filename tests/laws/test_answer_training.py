@@ -16,7 +16,8 @@ from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.engine import checkpoint, loop, parallel, run_folder
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.packed_data import PackedReader, open_reader
-from megatron_prism.engine.recipe import DataSection, TrainConfig
+from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.recipe_blocks import DataSection
 from megatron_prism.errors import UserError
 from megatron_prism.stages import convert
 

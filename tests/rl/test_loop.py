@@ -15,7 +15,7 @@ from training import differing, final_state
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe
 from megatron_prism.engine import calendar, checkpoint, parallel, run_folder
-from megatron_prism.engine.recipe import EvaluationSection
+from megatron_prism.engine.recipe_blocks import EvaluationSection
 from megatron_prism.engine.sharded import Reader
 from megatron_prism.engine.step import DivergenceError
 from megatron_prism.engine.weight_sync import weight_stream
