@@ -132,6 +132,7 @@ def build_run(cfg: TrainConfig) -> Run:
     parents = recipe.parents(cfg)
     if mesh.rank == 0:
         artifact.begin(cfg.output, cfg.stage, cfg, parents)
+        watchdog.make_room(cfg.output)
         carry_model_files(cfg)
     engine = build_engine(cfg, model_config, mesh, place)
     blend = load_blend(cfg.data.blend)

@@ -4,7 +4,8 @@ Each rank tells what it is about (`beat`, `long_phase`), and a thread of its own
 the first rank that finds itself late leaves a call in OUTPUT/watchdog, each rank's thread answers with what it is about, where its main thread
 stands, the stacks of all its threads and torch's record of its last collectives, and one of them writes who was behind (`hang_report`). A rank that
 does not answer is stopped, dead, or holds Python's lock in compiled code. Then all end with status 1. Files need no process group that works; and
-where their disk does not answer, the one that stands still may be all that there is to see, and the rank ends nevertheless.
+where their disk does not answer, the one that stands still may be all that there is to see, and the rank ends nevertheless. So does one whose
+compiled code keeps Python's lock, and with it this thread: a process beside it sees to that (`python_guard`).
 Owns: OUTPUT/watchdog, and when to end. Refuses nothing: without a timeout it does not look.
 """
 
@@ -28,6 +29,7 @@ import psutil
 from megatron_prism.artifact import write_atomic
 from megatron_prism.engine import hang_report
 from megatron_prism.engine.hang_report import Answer
+from megatron_prism.engine.python_guard import ENDING, IN_A_LONG_PHASE, IN_A_STEP, Guard
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.watchdog_settings import WatchdogSection
 
@@ -40,6 +42,10 @@ FLIGHT_SECONDS = 5.0
 """how long to wait for torch's record of collectives, whose writing may hang with what it records"""
 DISK_SECONDS = 5.0
 """how long the disk may take beside"""
+GUARD_SECONDS = 2.0
+"""how much later than this thread would, and faulthandler has, a guard ends a rank whose Python does not run"""
+MINUTES_TO_END = 5
+"""within so many a rank that is late has ended: process groups that give up before would hide who was behind"""
 
 
 @dataclass(frozen=True)
@@ -87,22 +93,22 @@ def record_flights(output: Path) -> None:
 @contextmanager
 def watching(output: Path, section: WatchdogSection | None, step: Callable[[], int]) -> Iterator[None]:
     """Inside, this rank is looked after. step: those that are done. Called on every rank at once; files of an earlier hang are kept, numbered."""
-    folder = output / FOLDER
-    call = on_main(lambda: _make_room(folder))
+    call = on_main(lambda: make_room(output))
     if section is None:
         yield
         return
     beat("the first step")
-    watchdog = Watchdog(folder, section, step, call)
-    watchdog.start()
+    watchdog = Watchdog(output / FOLDER, section, step, call)
+    watchdog.begin()
     try:
         yield
     finally:
         watchdog.stop()
 
 
-def _make_room(folder: Path) -> str:
-    """Rank 0; the name of this session's call."""
+def make_room(output: Path) -> str:
+    """Rank 0: an empty folder, where torch can write its record too; files of an earlier hang are kept, numbered. The name of this session's call."""
+    folder = output / FOLDER
     if folder.exists() and any(folder.iterdir()):
         number = next(number for number in range(1, 10_000) if not folder.with_name(f"{FOLDER}_{number:03d}").exists())
         folder.rename(folder.with_name(f"{FOLDER}_{number:03d}"))
@@ -124,6 +130,9 @@ class Watchdog(threading.Thread):
         self.patience = min(60.0, max(3.0, self.seconds / 4))
         """how long to wait for the answers of the others"""
         self.first_step = step()
+        self.answer_seconds = 2 * self.patience + FLIGHT_SECONDS + DISK_SECONDS
+        until = (self.seconds + self.patience, self.long_seconds + self.patience, self.answer_seconds)
+        self.guard = Guard(self.rank, (until[0] + GUARD_SECONDS, until[1] + GUARD_SECONDS, until[2] + GUARD_SECONDS))
         self.launcher = os.getppid() if "RANK" in os.environ else None
         self.beside = _ranks_beside()
         self._seen = Beat()
@@ -131,10 +140,16 @@ class Watchdog(threading.Thread):
         """seconds of this beat in which this process itself did not run"""
         self._ended, self._called = threading.Event(), threading.Event()
 
+    def begin(self) -> None:
+        """Look from now on."""
+        self._see_to_the_lock(is_long=True)
+        self.start()
+
     def stop(self) -> None:
         """Look no longer."""
         self._ended.set()
         self.join()
+        self.guard.end()
 
     def run(self) -> None:
         """Look, until the run is over."""
@@ -156,7 +171,8 @@ class Watchdog(threading.Thread):
         seen = _now
         self._lost = 0.0 if seen.number != self._seen.number else self._lost + (pause if pause > self.interval + 1 else 0.0)
         self._seen = seen
-        may_take = self.long_seconds if seen.is_long or self.step() == self.first_step else self.seconds
+        is_long = seen.is_long or self.step() == self.first_step
+        may_take = self.long_seconds if is_long else self.seconds
         late = time.monotonic() - seen.since - self._lost > may_take
         if late or self._called.is_set():
             self._answer_and_end(seen, late)
@@ -164,8 +180,12 @@ class Watchdog(threading.Thread):
         if gone is not None:
             _say(f"rank {self.rank}: {gone}; so this rank ends")
             os._exit(STATUS)
-        # Where compiled code keeps Python's lock this thread stands still; faulthandler's does not, and shows the stacks.
-        faulthandler.dump_traceback_later(may_take + self.patience)
+        self._see_to_the_lock(is_long)
+
+    def _see_to_the_lock(self, is_long: bool) -> None:
+        """Where compiled code keeps Python's lock this thread stands still; faulthandler's does not: it shows the stacks, then the guard ends all."""
+        faulthandler.dump_traceback_later((self.long_seconds if is_long else self.seconds) + self.patience)
+        self.guard.tell(IN_A_LONG_PHASE if is_long else IN_A_STEP)
 
     def _missed(self) -> str | None:
         """Who is no longer there without whom this rank can only hang: the process that started it, or a rank beside it."""
@@ -177,9 +197,10 @@ class Watchdog(threading.Thread):
     def _answer_and_end(self, seen: Beat, late: bool) -> None:
         """Whatever happens while it answers, the end comes."""
         faulthandler.cancel_dump_traceback_later()
+        self.guard.tell(ENDING)
         telling = threading.Thread(target=self._tell, args=(seen, late), daemon=True)
         telling.start()
-        telling.join(2 * self.patience + FLIGHT_SECONDS + DISK_SECONDS)
+        telling.join(self.answer_seconds)
         if telling.is_alive():
             place = hang_report.place(sys._current_frames()[threading.main_thread().ident or 0])
             _say(f"rank {self.rank}: no progress ({seen.phase}, step {self.step() + 1}; is at {place}), and {self.folder} does not answer; it ends")

@@ -109,6 +109,7 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
     parents = recipe.parents(cfg)
     if mesh.rank == 0:
         artifact.begin(cfg.output, cfg.stage, cfg, parents)
+        watchdog.make_room(cfg.output)
         carry_model_files(cfg.training)
     dist.barrier()
     tokenizer = AutoTokenizer.from_pretrained(cfg.output / HF_FILES, local_files_only=True, trust_remote_code=False)

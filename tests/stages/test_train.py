@@ -197,6 +197,7 @@ def test_token_ids_beyond_the_model_are_refused(finished, tmp_path):
     blend = write_tiny_blend(tmp_path / "data", vocab_size=VOCAB_SIZE + 1)
     with pytest.raises(UserError, match="prepare it with the model's tokenizer"):
         loop.train(config(root, tmp_path / "run", data__blend=str(blend)))
+    assert (tmp_path / "run" / "watchdog").is_dir(), "torch's record of a hang before the first step has a folder to go to"
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(finished, tmp_path, monkeypatch):
