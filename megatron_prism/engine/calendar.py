@@ -89,14 +89,15 @@ def ending_saves(run: Run) -> Iterator[None]:
         yield
     finally:
         if run.background is not None:
-            run.background.end()
+            with watchdog.last_phase("the end of a save"):
+                run.background.end()
 
 
 @contextmanager
 def attended(run: Run) -> Iterator[None]:
     """Inside, signals ask the run to stop after its step, a watchdog ends it when it makes no progress, and saves are ended. Called on every rank."""
     watched = watchdog.watching(run.cfg.output, run.cfg.watchdog, lambda: run.progress.step)
-    with stop_signals.heard(lambda: setattr(run, "stop_asked", True)), ending_saves(run), watched:
+    with stop_signals.heard(lambda: setattr(run, "stop_asked", True)), watched, ending_saves(run):
         yield
 
 

@@ -56,17 +56,20 @@ class Beat:
     since: float = 0.0
     number: int = 0
     is_long: bool = False
+    is_last: bool = False
+    """the run is ending: ranks beside this one may have ended already"""
 
 
 _now = Beat()
 _depth = 0
 """how many long phases this rank is in"""
+_is_ending = False
 
 
 def beat(phase: str) -> None:
     """This rank makes progress, and is about this from now on."""
     global _now
-    _now = Beat(phase, time.monotonic(), _now.number + 1, _depth > 0)
+    _now = Beat(phase, time.monotonic(), _now.number + 1, _depth > 0, _is_ending)
 
 
 @contextmanager
@@ -80,6 +83,18 @@ def long_phase(phase: str) -> Iterator[None]:
     finally:
         _depth -= 1
         beat(f"after {phase}")
+
+
+@contextmanager
+def last_phase(phase: str) -> Iterator[None]:
+    """A long phase in which the run ends, well or badly: that a rank beside this one is gone is no fault then."""
+    global _is_ending
+    _is_ending = True
+    try:
+        with long_phase(phase):
+            yield
+    finally:
+        _is_ending = False
 
 
 def record_flights(output: Path) -> None:
@@ -176,7 +191,7 @@ class Watchdog(threading.Thread):
         late = time.monotonic() - seen.since - self._lost > may_take
         if late or self._called.is_set():
             self._answer_and_end(seen, late)
-        gone = self._missed()
+        gone = self._missed(seen)
         if gone is not None:
             _say(f"rank {self.rank}: {gone}; so this rank ends")
             os._exit(STATUS)
@@ -187,11 +202,11 @@ class Watchdog(threading.Thread):
         faulthandler.dump_traceback_later((self.long_seconds if is_long else self.seconds) + self.patience)
         self.guard.tell(IN_A_LONG_PHASE if is_long else IN_A_STEP)
 
-    def _missed(self) -> str | None:
+    def _missed(self, seen: Beat) -> str | None:
         """Who is no longer there without whom this rank can only hang: the process that started it, or a rank beside it."""
         if self.launcher is not None and os.getppid() != self.launcher:
             return "the process that started it is gone"
-        dead = [pid for pid in self.beside if not _is_there(pid)]
+        dead = [] if seen.is_last else [pid for pid in self.beside if not _is_there(pid)]
         return f"a rank beside it has ended (process {dead[0]})" if dead else None
 
     def _answer_and_end(self, seen: Beat, late: bool) -> None:
