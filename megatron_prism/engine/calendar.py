@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel
 
 from megatron_prism import artifact
-from megatron_prism.engine import checkpoint, run_folder, stop_signals, watchdog
+from megatron_prism.engine import checkpoint, parallel, run_folder, stop_signals, watchdog
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.metrics import MetricsLog, read_records
 from megatron_prism.engine.ranks import on_main
@@ -96,6 +96,8 @@ def ending_saves(run: Run) -> Iterator[None]:
 @contextmanager
 def attended(run: Run) -> Iterator[None]:
     """Inside, signals ask the run to stop after its step, a watchdog ends it when it makes no progress, and saves are ended. Called on every rank."""
+    if run.cfg.watchdog is not None:
+        parallel.wait_longer(run.cfg.watchdog.long_timeout_minutes + watchdog.MINUTES_TO_END)
     watched = watchdog.watching(run.cfg.output, run.cfg.watchdog, lambda: run.progress.step)
     with stop_signals.heard(lambda: setattr(run, "stop_asked", True)), watched, ending_saves(run):
         yield

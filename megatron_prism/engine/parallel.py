@@ -3,6 +3,7 @@
 Called on every rank. Groups are built once and handed on; nothing else looks them up.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_prism.config import TIMEOUT_MINUTES
+from megatron_prism.engine import torch_private
 from megatron_prism.engine.device import backend
-from megatron_prism.errors import StoppedEarly
+from megatron_prism.errors import StoppedEarly, UserError
 from megatron_prism.planning.layout import ParallelPlan
 
-_timeout_minutes = 30
-"""how long the ranks of a group wait for each other, in every group: what a start was given"""
+logger = logging.getLogger(__name__)
+_timeout_minutes: float = 30
+"""how long the ranks of a group wait for each other, in every group: what a start was given, or `wait_longer` since"""
 _layout: tuple[int, int, int | None, int, tuple[int, int] | None] | None = None
 """tp, pp, vpp, cp and its levels of the groups that exist: making them again costs seconds, and megatron-core never frees the old ones"""
 
@@ -68,6 +71,26 @@ def start(device: torch.device, timeout_minutes: int | None = None) -> None:
         dist.init_process_group(backend(device), timeout=timedelta(minutes=timeout_minutes))
     else:
         dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes))
+
+
+def wait_longer(minutes: float) -> None:
+    """Let the ranks of all groups, those to come too, wait for each other for at least so long: a rank may do long work that the others wait for.
+
+    For a run whose watchdog says when it hangs, and who was behind: groups that gave up before would end it, and say neither. A start keeps the time
+    that it was given: until the watchdog looks, nobody else would end ranks that do not find each other.
+    """
+    global _timeout_minutes
+    if minutes <= _timeout_minutes:
+        return
+    try:
+        set_timeout, groups = torch_private.find("torch.distributed.distributed_c10d", "_set_pg_timeout", "_world")
+    except UserError as error:
+        if dist.get_rank() == 0:
+            logger.warning("process groups give up after %g min, though the run's watchdog allows %g: %s", _timeout_minutes, minutes, error)
+        return
+    _timeout_minutes = minutes
+    for group in list(groups.pg_map):
+        set_timeout(timedelta(minutes=minutes), group)
 
 
 def host_group() -> dist.ProcessGroup | None:

@@ -1,10 +1,13 @@
-"""How long the ranks of a process group wait for each other: as the call says, else as the launch says, else half an hour."""
+"""How long the ranks of a process group wait for each other: as the call says, else as the launch says, else half an hour; in a run at least
+as long as its watchdog allows a rank."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from multirank import run_ranks
 
 PROGRAM = """
 import sys
@@ -23,3 +26,10 @@ def test_the_call_wins_over_the_launch_which_wins_over_the_default(launch: str |
     env |= {"PRISM_TIMEOUT_MINUTES": launch} if launch else {}
     done = subprocess.run([sys.executable, "-c", PROGRAM, *call], env=env, capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout.splitlines()[-1]) == minutes
+
+
+def test_ranks_wait_for_one_that_works_as_long_as_the_watchdog_allows_it(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("patient_ranks.py")
+    done = run_ranks(script, 2, str(tmp_path), "watched")
+    assert done.stdout.split() == ["45.0"] * 6, "what is allowed to a rank, and five minutes in which it is named"
+    assert run_ranks(script, 2, str(tmp_path), "alone", check=False).returncode == 1, "the fault is one"
