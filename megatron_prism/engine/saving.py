@@ -304,6 +304,8 @@ def _pin(room: Tensor) -> bool:
     status = int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), room.numel(), 0))
     if status:
         logger.warning("%s of host memory for checkpoints cannot be pinned (CUDA error %d): copying to it takes longer", _gib(room.numel()), status)
+        with suppress(RuntimeError):  # CUDA remembers the error until somebody asks for the last one: a launch does, and takes it for its own
+            torch.ones(1, device="cuda")
     return status == 0
 
 
