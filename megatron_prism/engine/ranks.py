@@ -3,6 +3,7 @@
 torch is imported where it is used: what a recipe is checked with imports this.
 """
 
+import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -16,22 +17,22 @@ def on_main(work: Callable[[], Result]) -> Result:
     """Rank 0's result of `work`, on every rank; its error is everyone's."""
     import torch.distributed as dist
 
-    answer: list[Any] = [_tried(work) if dist.get_rank() == 0 else None]
+    answer: list[Any] = [tried(work) if dist.get_rank() == 0 else None]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(answer, src=0)
-    return cast(Result, _taken(answer[0], 0))
+    return cast(Result, taken(answer[0], 0))
 
 
 def on_all(work: Callable[[int], Result]) -> list[Result]:
     """Every rank's result of `work(rank)`, on every rank; the first rank's error is everyone's."""
     import torch.distributed as dist
 
-    own = _tried(lambda: work(dist.get_rank()))
+    own = tried(lambda: work(dist.get_rank()))
     if dist.get_world_size() == 1:
-        return [_taken(own, 0)]
+        return [taken(own, 0)]
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, own)
-    return [_taken(answer, rank) for rank, answer in enumerate(answers)]
+    return [taken(answer, rank) for rank, answer in enumerate(answers)]
 
 
 def concluded(work: Callable[[], Result], conclude: Callable[[list[Result]], None], group: "torch.distributed.ProcessGroup | None" = None) -> None:
@@ -41,11 +42,11 @@ def concluded(work: Callable[[], Result], conclude: Callable[[list[Result]], Non
     """
     import torch.distributed as dist
 
-    own, rank, ranks = _tried(work), dist.get_rank(), dist.get_world_size()
+    own, rank, ranks = tried(work), dist.get_rank(), dist.get_world_size()
     answers: list[Any] = [own] if ranks == 1 else [None] * ranks
     if ranks > 1:
         dist.gather_object(own, answers if rank == 0 else None, dst=0, group=group)
-    outcome: list[Any] = [_tried(lambda: conclude([_taken(answer, place) for place, answer in enumerate(answers)])) if rank == 0 else None]
+    outcome: list[Any] = [tried(lambda: conclude([taken(answer, place) for place, answer in enumerate(answers)])) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(outcome, src=0, group=group)
     error = outcome[0][1]
@@ -65,16 +66,31 @@ def any_rank(heard: bool, device: "torch.device") -> bool:
     return bool(word.item())
 
 
-def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+Outcome = tuple[Any, Exception | None]
+
+
+def tried(work: Callable[[], Any]) -> Outcome:
+    """The result of `work`, or its error: to be sent to other ranks, or told later."""
     try:
         return work(), None
     except Exception as error:  # a boundary: the other ranks wait, and must end too
-        return None, error
+        return None, _that_travels(error)
 
 
-def _taken(answer: tuple[Any, Exception | None], rank: int) -> Any:
-    result, error = answer
+def taken(outcome: Outcome, rank: int | None = None) -> Any:
+    """The result, or the error raised. rank: whose it is."""
+    result, error = outcome
     if error is not None:
-        error.add_note(f"on rank {rank}")
+        if rank is not None:
+            error.add_note(f"on rank {rank}")
         raise error
     return result
+
+
+def _that_travels(error: Exception) -> Exception:
+    """The error, or its words where it cannot be sent as it is: the ranks that it is sent to would wait for it for ever."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is taken apart or made
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

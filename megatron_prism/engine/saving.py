@@ -14,6 +14,7 @@ import errno
 import io
 import logging
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,10 +34,10 @@ from megatron_prism import artifact, checksums
 from megatron_prism.checksums import Checksum, Summing
 from megatron_prism.engine import mcore, parallel
 from megatron_prism.engine.mcore import ShardedPlan
-from megatron_prism.engine.ranks import concluded, on_all, on_main
+from megatron_prism.engine.ranks import concluded, on_all, on_main, taken, tried
 from megatron_prism.engine.sharded import BACKENDS, COMMON, CONFIG, METADATA, alone, without_crc
-from megatron_prism.errors import MachineError, UserError
 from megatron_prism.engine.torch_private import StorageInfo
+from megatron_prism.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
 FILES_PER_RANK = 2
@@ -63,21 +64,29 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
     carry_out(plan, lambda: None)
 
 
-def carry_out(plan: ShardedPlan, complete: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Write what is planned. complete: what rank 0 does when all of it is on disk. Errors: UserError, the first rank's, on every rank."""
+def carry_out(
+    plan: ShardedPlan,
+    complete: Callable[[], None],
+    group: dist.ProcessGroup | None = None,
+    snapshot: Callable[[], ShardedPlan] | None = None,
+) -> None:
+    """Write what is planned. complete: what rank 0 does when all of it is on disk. Errors: UserError, the first rank's, on every rank.
+
+    snapshot: gives the plan over copies, which are written in place of what the plan holds; where it fails, this rank's writing has failed.
+    """
 
     def finish(written: list[Written]) -> None:
         with reporting(plan.folder):
             _finish(plan, written)
             complete()
 
-    if any(isinstance(data, Tensor) and data.is_cuda for _, data in plan.items):
-        torch.cuda.synchronize()  # threads read what this one's streams compute
-    concluded(lambda: _write(plan), finish, group)
+    concluded(lambda: _write(plan if snapshot is None else snapshot()), finish, group)
 
 
 def _write(plan: ShardedPlan) -> Written:
     """This rank's files, and rank 0's common.pt."""
+    if any(isinstance(data, Tensor) and data.is_cuda for _, data in plan.items):
+        torch.cuda.synchronize()  # threads read what this one's streams compute
     rank, found = dist.get_rank(), Written()
     shares = [(f"__{rank}_{number}.distcp", items) for number, items in enumerate(_shares(plan.items))]
     if rank == 0:
@@ -234,16 +243,17 @@ class Background:
     def start(self, plan: ShardedPlan, complete: Callable[[], None], give_up: Callable[[], None]) -> None:
         """Copy what is planned to host memory, and have it written meanwhile. complete, give_up: what rank 0 does at the end, good or bad.
 
-        Errors: those of the save before this one.
+        Errors: those of the save before this one. A copy that fails is told as a write that fails is: by the threads to each other, so that no rank
+        goes on alone, and then by `wait`.
         """
         self.wait()
         self._group = self._group or parallel.host_group()
-        begun, copied = time.perf_counter(), self._copied(plan)
+        begun, copied, kept = time.perf_counter(), tried(lambda: self._copied(plan)), replace(plan, items=[], common={})
 
         def work() -> None:
             try:
-                carry_out(copied, complete, self._group)
-                self._saved.append((plan.folder.parent, time.perf_counter() - begun))
+                carry_out(kept, complete, self._group, snapshot=lambda: taken(copied))
+                self._saved.append((kept.folder.parent, time.perf_counter() - begun))
             except BaseException as error:  # whatever it is, `wait` tells it
                 self._error = error
                 if dist.get_rank() == 0:
@@ -290,13 +300,24 @@ class Background:
             end += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if self._room is None or self._room.numel() < end:
             self._free()
-            self._room = torch.empty(end, dtype=torch.uint8)
+            self._room = _host_memory(end)
             self._pinned = any(tensor.is_cuda for tensor in tensors) and _pin(self._room)
         room, places = self._room, iter(starts)
         items = [(item, _copy_into(room, next(places), data) if isinstance(data, Tensor) else data) for item, data in plan.items]
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return replace(plan, items=items, common=copy.deepcopy(plan.common))
+
+
+def _host_memory(count: int) -> Tensor:
+    """Bytes to copy into. Errors: MachineError where the machine has not so many: another start may find them."""
+    try:
+        return torch.empty(count, dtype=torch.uint8)
+    except (RuntimeError, MemoryError):
+        raise MachineError(
+            f"{_gib(count)} of host memory for the copy of a checkpoint cannot be had on {socket.gethostname()}: it was given up, those that are "
+            "complete are as they were. Leave it more memory, or save without a copy (checkpoint.async_save=false), and start the same command again"
+        ) from None
 
 
 def _pin(room: Tensor) -> bool:

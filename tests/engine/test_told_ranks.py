@@ -37,5 +37,6 @@ def test_two_ranks_have_each_others_results_errors_and_words(tmp_path: Path) -> 
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["on_main"] == 0 and found["on_all"] == [0, 1]
-        assert found["errors"] == {"main": ["rank 0 failed", "on rank 0"], "second": ["rank 1 failed", "on rank 1"]}
+        assert found["errors"]["main"] == ["rank 0 failed", "on rank 0"] and found["errors"]["second"] == ["rank 1 failed", "on rank 1"]
+        assert found["errors"]["odd"] == ["TwoWordsError: not sent", "on rank 1"], "in words, since it cannot be sent as it is"
         assert found["heard"] == {"nobody": False, "the first": True, "the second": True, "both": True}

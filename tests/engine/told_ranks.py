@@ -27,11 +27,24 @@ def failing(rank: int) -> Callable[[int], int]:
     return work
 
 
+class TwoWordsError(RuntimeError):
+    """An error that cannot be made again from what pickle keeps of it."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")
+
+
+def failing_oddly(own: int) -> None:
+    """The second rank fails with an error that cannot be sent."""
+    if own == 1:
+        raise TwoWordsError("not", "sent")
+
+
 def said(work: Callable[[], Any]) -> list[str]:
     """An error's words, and what was noted beside them."""
     try:
         work()
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
         return [str(error), *error.__notes__]
     return []
 
@@ -41,7 +54,11 @@ me = dist.get_rank()
 found = {
     "on_main": on_main(lambda: me),
     "on_all": on_all(lambda rank: rank),
-    "errors": {"main": said(lambda: on_main(lambda: failing(0)(me))), "second": said(lambda: on_all(failing(1)))},
+    "errors": {
+        "main": said(lambda: on_main(lambda: failing(0)(me))),
+        "second": said(lambda: on_all(failing(1))),
+        "odd": said(lambda: on_all(failing_oddly)),
+    },
     "heard": {name: any_rank(me in ranks, torch.device("cpu")) for name, ranks in WORDS.items()},
 }
 (Path(sys.argv[1]) / f"{me}.json").write_text(json.dumps(found))

@@ -27,7 +27,7 @@ from megatron_prism.errors import UserError
 FILLER = "filler"
 LEFT_BYTES = 300_000
 SLOW_SECONDS = float(os.environ.get("SLOW_SECONDS", "0.5"))
-CHECK_ROOM, WRITE, WRITE_FILE, COPY_INTO = saving.check_room, saving._write, saving._write_file, saving._copy_into
+CHECK_ROOM, WRITE, WRITE_FILE, HOST_MEMORY = saving.check_room, saving._write, saving._write_file, saving._host_memory
 
 
 def fill(folder: Path) -> None:
@@ -66,6 +66,11 @@ def one_full_disk(path: Path, write: Any) -> Any:
     return WRITE_FILE(path, write)
 
 
+def one_without_memory(count: int) -> Any:
+    """Rank 1 asks for more host memory than any machine has."""
+    return HOST_MEMORY(count << 40 if dist.get_rank() == 1 else count)
+
+
 def slowly(plan: Any) -> Any:
     """Some steps are taken before the first byte is written."""
     time.sleep(SLOW_SECONDS)
@@ -85,6 +90,8 @@ def planted(fault: str | None, step: int, disk: Path) -> Iterator[None]:
             stack.enter_context(mock.patch.object(checkpoint, "check_room", filling(step, disk, fault == "full early")))
         elif fault == "one rank":
             stack.enter_context(mock.patch.object(saving, "_write_file", one_full_disk))
+        elif fault == "one copy":
+            stack.enter_context(mock.patch.object(saving, "_host_memory", one_without_memory))
         elif fault is not None:
             assert fault in ("slow", "slow, not copied"), fault
             stack.enter_context(mock.patch.object(saving, "_write", slowly))

@@ -19,6 +19,8 @@ from megatron_prism.engine import run_folder
 from megatron_prism.engine.weights import export_hf
 
 ASYNC = {"checkpoint.async_save": True}
+SOON_SECONDS = 60
+"""ranks that wait for each other do so for 30 minutes"""
 
 
 def kept(run: Path) -> list[list[float]]:
@@ -31,7 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("async")
     slow = {"fault": "slow", **ASYNC}
     cases = {"sync": {}, "async": slow, "fault": {"fault": "slow, not copied", **ASYNC}, "exported": {**slow, "export.interval": SAVED}}
-    assert all(words == ["", ""] for words in train(root, root / "runs", cases).values())
+    told = train(root, root / "runs", cases | {"no copy": {"fault": "one copy", **ASYNC}})
+    assert all(words == ["", ""] for name, words in told.items() if name in cases)
     return root, root / "runs"
 
 
@@ -43,6 +46,16 @@ def test_a_checkpoint_of_the_background_is_that_of_its_step_bit_for_bit(runs):
         assert differing(found, expected) == [], step
         artifact.verify(run_folder.step_folder(folder / "async", step))
     assert differing(*(read_state(run_folder.step_folder(folder / name, SAVED)) for name in ("fault", "sync"))) != []  # law 8: it is seen
+
+
+def test_a_rank_that_has_no_memory_for_its_copy_ends_all_ranks_with_one_error_soon(runs):
+    _, folder = runs
+    first, second = (json.loads((folder / f"no copy.{rank}").read_text()) for rank in range(2))
+    assert first["words"] == second["words"]
+    assert "of host memory for the copy of a checkpoint cannot be had on" in first["words"] and "checkpoint.async_save=false" in first["words"]
+    assert max(first["seconds"], second["seconds"]) < SOON_SECONDS
+    assert len(metrics(folder / "no copy")) < STEPS, "no step is taken once it is known"
+    assert not run_folder.step_folder(folder / "no copy", SAVED).exists()
 
 
 def test_an_export_waits_for_the_checkpoint_that_it_is_made_from(runs):
