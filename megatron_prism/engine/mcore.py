@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_st
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -87,6 +88,13 @@ def gradient_fusion_without_apex() -> Iterator[None]:
         yield
     finally:
         layers._grad_accum_fusion_available = before
+
+
+def gradients_for_norm(optimizer: Any) -> list[Tensor]:
+    """One part's gradients on this rank, those of weights that several ranks hold on one of them alone (0.19 has another name for it than 0.16)."""
+    named = getattr(optimizer, "get_main_grads_for_grad_norm", None) or optimizer.get_grads_for_grad_norm
+    gradients: list[Tensor] = named()
+    return gradients
 
 
 def optimizer_config(**settings: Any) -> OptimizerConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_prism.config import OptimizerConfig
 from megatron_prism.engine.adamw import AdamW
-from megatron_prism.engine.mcore import optimizer_config
+from megatron_prism.engine.mcore import gradients_for_norm, optimizer_config
 from megatron_prism.engine.memory_check import MemoryCheck
 from megatron_prism.engine.model import Chunk, to_precision
 from megatron_prism.engine.parallel import Mesh
@@ -119,7 +119,7 @@ class Optimizer:
             part.prepare_grads()
         seen = torch.zeros(2, dtype=torch.float32, device=self.num_tokens.device)
         for part in self.chained_optimizers:
-            gradients = part.get_main_grads_for_grad_norm()
+            gradients = gradients_for_norm(part)
             if gradients:
                 seen[0] += torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
         if losses is not None:
