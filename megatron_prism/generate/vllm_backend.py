@@ -216,7 +216,8 @@ class VllmGenerator(Generator):
     def _hand_over(self, path: str, asleep: bool) -> None:
         with self.turns.falling_asleep(asleep) as needed:
             for server in self.servers if needed else ():
-                server.ask(path, {})
+                with server.watched():
+                    server.ask(path, {})
 
     def weight_checksums(self) -> list[dict[str, str]]:
         """SHA-256 of every parameter of each server, in vLLM's own names and layout: what two servers of the same weights have in common."""

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,7 +61,7 @@ class Server:
         self.log = log_folder / f"vllm-{label}.log"
         self.starts, self.failed, self.closing = 0, False, False
         self.process: subprocess.Popen[bytes] | None = None
-        self._restarting, self._sockets = threading.Lock(), set[socket.socket]()
+        self._restarting, self._sockets = threading.Lock(), set[socket.socket]()  # the lock: of who starts or ends the process beside other threads
 
     def start(self) -> None:
         """Start the process; `wait_ready` waits for it."""
@@ -106,10 +107,12 @@ class Server:
         return folder
 
     def wait_ready(self) -> None:
-        """Until the server answers. Errors: UserError with the reason that its log shows."""
+        """Until the server answers. Errors: UserError with the reason that its log shows; LostError where it is closed meanwhile."""
         assert self.process is not None
         began = spoken = time.monotonic()
         while not self.is_healthy(5.0):
+            if self.closing:
+                raise LostError(f"vllm server {self.label} was closed while it started")
             if self.process.poll() is not None:
                 raise self._failure(explain(self.log_text(), self.log, self.config, self.python))
             if time.monotonic() - began > self.config.start_timeout_seconds:
@@ -169,14 +172,18 @@ class Server:
         Nothing of ours is under way; what was given up may still be, and a cache that it holds would outlive the reset: it is ended first.
         """
         self.folder = folder
-        self.ask("/pause?mode=abort", {})
-        self.ask("/collective_rpc", {"method": "prism_reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
+        with self.watched():
+            self.ask("/pause?mode=abort", {})
+            self.ask("/collective_rpc", {"method": "prism_reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
+            self._drop_prefix_cache()
+            self.ask("/resume", {})
+
+    def _drop_prefix_cache(self) -> None:
         end = time.monotonic() + HEALTH_SECONDS
         while not self.ask("/reset_prefix_cache", {}).get("success", True):
             if time.monotonic() > end:
                 raise self._failure(f"vllm server {self.label} keeps its prefix cache, which old weights made; its log: {self.log}")
             time.sleep(0.1)
-        self.ask("/resume", {})
 
     def _restart(self, starts: int, loss: LostError) -> None:
         """Start the server again, unless another thread has done so since `starts`."""
@@ -188,14 +195,17 @@ class Server:
                 raise self._failure(f"vllm server {self.label} failed {self.starts} times (max_restarts={limit}), last: {loss}; its log: {self.log}")
             logger.warning("vllm server %s failed (%s); starting it again", self.label, loss)
             self._end()
-            self.start()
-            self.wait_ready()
+            if not self.closing:
+                self.start()
+                self.wait_ready()
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None, timeout: float | None) -> tuple[int, bytes]:
         connection = _Connection(self.socket, timeout)
         connection.connect()
         self._sockets.add(connection.sock)
         try:
+            if self.closing:  # `close` has hung up on those that it saw
+                raise ConnectionAbortedError("the server is being closed")
             text = None if body is None else json.dumps(body).encode()
             connection.request(method, path, text, {"Content-Type": "application/json"})
             response = connection.getresponse()
@@ -213,6 +223,21 @@ class Server:
                     self.abandon()
             finally:
                 self._restarting.release()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, where this thread waits for an answer that no other looks after, a server that hangs is noticed."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(HEALTH_SECONDS):
+                self.check()
+
+        threading.Thread(target=look, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def abandon(self) -> None:
         """Hang up on every request that is under way; the server drops them."""
@@ -237,9 +262,14 @@ class Server:
             self.process = None
 
     def close(self) -> None:
-        """End the server and its children, and remove its temporary folder, unless an error has named the log in it."""
+        """End the server and its children, and remove its temporary folder, unless an error has named the log in it.
+
+        A start that another thread has begun is given up and waited for, and no other begins: what it started would be ended by nobody.
+        """
         self.closing = True
-        self._end()
+        self.abandon()
+        with self._restarting:
+            self._end()
         if self.failed and self.log.is_relative_to(self.home):
             self.folder_of_its_own.keep()
         else:

@@ -7,9 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_vllm import alive, stand_in
@@ -117,6 +120,101 @@ def test_closing_ends_the_server_and_its_children(folder: Path, tmp_path: Path, 
     assert alive(tmp_path / "pids") == []
     assert not any(home.exists() for home in homes)
     generator.close()
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Processes that `Server.start` makes from now on; each takes a second to come into being. All end with the test."""
+    made: list[Any] = []
+    right = subprocess.Popen
+    monkeypatch.setattr(vllm_server, "subprocess", SlowSubprocess(made, right))
+    yield made
+    for process in made:
+        process.stdin.close()
+        process.wait(30)
+
+
+class SlowSubprocess:
+    """subprocess, for one module. begun: a process is being made."""
+
+    def __init__(self, made: list[Any], right: Any) -> None:
+        self.made, self.right, self.begun = made, right, threading.Event()
+        self.PIPE, self.run = subprocess.PIPE, subprocess.run
+
+    def Popen(self, *arguments: Any, **settings: Any) -> Any:  # noqa: N802  its name there
+        self.begun.set()
+        time.sleep(1)
+        self.made.append(self.right(*arguments, **settings))
+        return self.made[-1]
+
+
+def asking(generator: VllmGenerator) -> threading.Thread:
+    """A thread that asks for completions, whatever becomes of them."""
+
+    def ask() -> None:
+        with suppress(vllm_server.LostError):
+            complete(generator)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_closing_while_another_thread_starts_the_server_again_leaves_none_behind(folder: Path, tmp_path: Path, starts: list[Any]) -> None:
+    """As an error of the trainer does while responses are written beside it: the new process comes into being while close() ends the old one."""
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")  # as vLLM it says nothing for long
+    sleeper.chmod(0o755)
+    generator = open_fake(folder, log=str(tmp_path / "logs"))
+    (server,) = generator.servers
+    server.python = sleeper
+    starting: Any = vllm_server.subprocess
+    starting.begun.clear()
+    assert server.process is not None
+    server.process.kill()
+    thread = asking(generator)
+    assert starting.begun.wait(20)
+    began = time.monotonic()
+    generator.close()
+    assert time.monotonic() - began < 15, "a start is given up, not waited for"
+    thread.join(20)
+    assert not thread.is_alive() and len(starts) == 2, "the one that was opened, and the one that was being made"
+    assert all(process.poll() is not None for process in starts)
+
+
+def test_a_closed_server_is_not_started_again(folder: Path, starts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old process takes its time to end, and close() comes meanwhile."""
+    generator = open_fake(folder)
+    (server,) = generator.servers
+    ended, right = threading.Event(), server._end
+
+    def slow() -> None:
+        right()
+        ended.set()
+        until(lambda: server.closing, 20)
+
+    monkeypatch.setattr(server, "_end", slow)
+    assert server.process is not None
+    server.process.kill()
+    thread = asking(generator)
+    assert ended.wait(20)
+    generator.close()
+    thread.join(20)
+    assert not thread.is_alive() and len(starts) == 1
+
+
+def test_closing_does_not_wait_for_what_hangs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+    generator = open_fake(folder)
+    (server,) = generator.servers
+    os.kill(int((tmp_path / "pids").read_text().split()[0]), signal.SIGSTOP)
+    looking = threading.Thread(target=server.check, daemon=True)
+    looking.start()
+    assert until(lambda: bool(server._sockets))
+    began = time.monotonic()
+    generator.close()
+    assert time.monotonic() - began < vllm_server.HEALTH_SECONDS / 2
+    assert alive(tmp_path / "pids") == []
 
 
 def test_a_killed_parent_leaves_no_server_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

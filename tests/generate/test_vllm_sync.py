@@ -5,6 +5,7 @@ fake_vllm.py stands for the server: the one weight of its model shifts the token
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiny_hf import make_tiny_tokenizer
 
 from megatron_prism import generate
 from megatron_prism.errors import UserError
-from megatron_prism.generate import Completion, Request, Sampling, weights_folder
+from megatron_prism.generate import Completion, Request, Sampling, vllm_server, weights_folder
 from megatron_prism.generate.vllm_backend import VllmGenerator
 from megatron_prism.generate.vllm_server import PYTHON
 
@@ -70,6 +71,20 @@ def test_a_server_that_dies_later_starts_with_the_newest_weights(folder: Path, t
         generator.update_weights(weight(10), version=1)
         assert shifts(generator) == {(10, 1)}
         assert generator.servers[0].starts == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_died_or_hangs_at_an_update_starts_with_the_new_weights(
+    how: signal.Signals, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks for text meanwhile, so that it is the update that notices."""
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+    with open_fake(folder) as generator:
+        generator.update_weights(weight(10), version=1)
+        monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 2.0)
+        os.kill(int((tmp_path / "pids").read_text().split()[0]), how)
+        generator.update_weights(weight(20), version=2)
+        assert shifts(generator) == {(20, 2)} and generator.servers[0].starts == 2
 
 
 @shared_memory

@@ -63,11 +63,13 @@ def assert_same(found: list[Completion], expected: list[Completion], bound: floa
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_server_that_was_given_new_weights_is_a_server_started_from_them(name: str, tmp_path: Path) -> None:
-    """Killed after the update it starts from what it was given, whose bits are those of the truth: that start is the other server."""
-    old, new = (MODELS[name](tmp_path / str(seed), seed) for seed in (3, 4))
+    """Killed after two updates it starts from what it was given last, whose bits are those of the truth: that start is the other server."""
+    old, between, new = (MODELS[name](tmp_path / str(seed), seed) for seed in (3, 5, 4))
     tensors: dict[str, torch.Tensor] = load_file(new / "model.safetensors")
     with opened(old) as generator:
         before, checksums_before = written(generator), generator.weight_checksums()
+        generator.update_weights(load_file(between / "model.safetensors").items(), version=11)
+        assert {each.weights_version for each in written(generator)} == {11}
         generator.update_weights(tensors.items(), version=12)
         found, checksums, (server,) = written(generator), generator.weight_checksums(), generator.servers
         assert {each.weights_version for each in found} == {12} and server.starts == 1
@@ -77,6 +79,7 @@ def test_a_server_that_was_given_new_weights_is_a_server_started_from_them(name:
         kill(server)
         expected = written(generator)
         assert server.starts == 2 and generator.weight_checksums() == checksums
+        assert {each.weights_version for each in expected} == {12}
         assert_same(found, expected, CLOSE)
     with TransformersGenerator.load(new) as oracle:
         assert_same(found, [row[0] for row in oracle.generate(PROMPTS, SAMPLING)], CLOSE_TO_TRANSFORMERS)
