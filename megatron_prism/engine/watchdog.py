@@ -42,6 +42,8 @@ FLIGHT_SECONDS = 5.0
 """how long to wait for torch's record of collectives, whose writing may hang with what it records"""
 DISK_SECONDS = 5.0
 """how long the disk may take beside"""
+STDERR = 2
+"""the process's own: what stands in sys.stderr may have no descriptor (a notebook's)"""
 GUARD_SECONDS = 2.0
 """how much later than this thread would, and faulthandler has, a guard ends a rank whose Python does not run"""
 MINUTES_TO_END = 5
@@ -172,7 +174,11 @@ class Watchdog(threading.Thread):
         looked = time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
-            self._look(pause=now - looked - self.interval)
+            try:
+                self._look(pause=now - looked - self.interval)
+            except Exception as error:  # without this thread nobody would look, and the guard would take the rank for one that hangs
+                self.guard.tell(IN_A_LONG_PHASE)
+                _say(f"rank {self.rank}: the watchdog could not look: {error!r}")
             looked = now
         faulthandler.cancel_dump_traceback_later()
 
@@ -199,7 +205,7 @@ class Watchdog(threading.Thread):
 
     def _see_to_the_lock(self, is_long: bool) -> None:
         """Where compiled code keeps Python's lock this thread stands still; faulthandler's does not: it shows the stacks, then the guard ends all."""
-        faulthandler.dump_traceback_later((self.long_seconds if is_long else self.seconds) + self.patience)
+        faulthandler.dump_traceback_later((self.long_seconds if is_long else self.seconds) + self.patience, file=STDERR)
         self.guard.tell(IN_A_LONG_PHASE if is_long else IN_A_STEP)
 
     def _missed(self, seen: Beat) -> str | None:
