@@ -20,6 +20,7 @@ from pathlib import Path
 import typer
 
 from megatron_prism import secrets
+from megatron_prism.config import SAVE_SECONDS
 from megatron_prism.engine import run_folder
 from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, UserError
 from megatron_prism.launch.child import Child
@@ -108,7 +109,8 @@ def environment(job: Job, base: Mapping[str, str] | None = None, cores: int | No
 def torchrun_variables(seconds_to_save: int = SECONDS_TO_SAVE) -> dict[str, str]:
     """What torchrun is told by its environment alone: the signals that it hands on, and how long it then waits before it kills its ranks."""
     handed_on = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, *STOP_SIGNALS)
-    return {"PET_SIGNALS_TO_HANDLE": ",".join(sign.name for sign in handed_on), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(seconds_to_save)}
+    seconds = str(seconds_to_save)
+    return {"PET_SIGNALS_TO_HANDLE": ",".join(sign.name for sign in handed_on), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": seconds, SAVE_SECONDS: seconds}
 
 
 def run_local(job: Job, log: Path, output: Path | None = None, restarts: int = 0) -> Outcome:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prism.artifact import COMPLETE, write_atomic
-from megatron_prism.config import TIMEOUT_MINUTES
+from megatron_prism.config import SAVE_SECONDS, TIMEOUT_MINUTES
 from megatron_prism.errors import ERROR_FILE, STOPPED_FILE, UserError
 from megatron_prism.launch.cluster import ClusterConfig
 from megatron_prism.launch.job import STOPPED_EARLY, Job, environment, ft_launcher_argv, process_argv, torchrun_argv, torchrun_variables
@@ -114,7 +114,6 @@ def enqueue(text: str, output: Path, after: Sequence[str]) -> str:
 
 
 def _directives(job: Job, cluster: ClusterConfig, name: str, log: Path) -> list[str]:
-    warned = job.hours is not None and job.hours * 60 > 2 * cluster.save_minutes
     wanted = {
         "job-name": name,
         "nodes": job.nodes,
@@ -122,7 +121,7 @@ def _directives(job: Job, cluster: ClusterConfig, name: str, log: Path) -> list[
         "gpus-per-node": job.gpus_per_node or None,
         "cpus-per-task": _cores(job, cluster),
         "time": None if job.hours is None else clock(job.hours),
-        "signal": f"TERM@{60 * cluster.save_minutes}" if warned else None,
+        "signal": f"TERM@{60 * cluster.save_minutes}" if _is_warned(job, cluster) else None,
         "account": cluster.account,
         "partition": cluster.partition,
         "output": str(log).replace("%", "%%"),
@@ -131,6 +130,11 @@ def _directives(job: Job, cluster: ClusterConfig, name: str, log: Path) -> list[
     }
     found = [f"--{key}={shlex.quote(str(value))}" for key, value in wanted.items() if value is not None]
     return [f"#SBATCH {word}" for word in [*found, "--requeue", *map(shlex.quote, cluster.sbatch)]]
+
+
+def _is_warned(job: Job, cluster: ClusterConfig) -> bool:
+    """Whether Slurm tells the job to stop before its limit."""
+    return job.hours is not None and job.hours * 60 > 2 * cluster.save_minutes
 
 
 def _tasks(job: Job, cluster: ClusterConfig) -> int:
@@ -163,6 +167,7 @@ def job_variables(cluster: ClusterConfig) -> dict[str, str]:
 
 def _exports(job: Job, cluster: ClusterConfig, output: Path) -> list[str]:
     ours = {ERROR_FILE: str(beside(output, ".error")), STOPPED_FILE: str(beside(output, ".stopped"))}
+    ours |= {SAVE_SECONDS: str(60 * cluster.save_minutes)} if _is_warned(job, cluster) else {}
     if cluster.starter != "srun":
         ours |= torchrun_variables(max(30, 60 * cluster.save_minutes - 30))
     values = environment(job, base={**ours, **job_variables(cluster)}, cores=cluster.cpus_per_node or job.ranks_per_node)

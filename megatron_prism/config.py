@@ -37,6 +37,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Schema = TypeVar("Schema", bound=BaseModel)
 TIMEOUT_MINUTES = "PRISM_TIMEOUT_MINUTES"
 """Environment variable: how long the ranks of a process group wait for each other, where the stage says nothing of its own."""
+SAVE_SECONDS = "PRISM_SAVE_SECONDS"
+"""Environment variable: how long after the word to stop a run is ended by whoever started it, saved or not."""
 RESOLVED = "resolved"
 """The validation context of a config that says all that other files said when it was made."""
 

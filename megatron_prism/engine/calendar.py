@@ -22,6 +22,7 @@ from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.recipe_blocks import CheckpointSection, EvaluationSection, ExportSection
 from megatron_prism.engine.saving import Background
 from megatron_prism.engine.step import Engine
+from megatron_prism.engine.stop_time import StopTime
 from megatron_prism.engine.watchdog_settings import WatchdogSection
 from megatron_prism.engine.weights import export_hf
 from megatron_prism.errors import StoppedEarly
@@ -48,7 +49,7 @@ class Recipe(Protocol):
 class Run(Protocol):
     """What the calendar reads of a run in progress, on one rank. started: by time.monotonic; stop_asked: by a signal to this rank.
 
-    background: what writes checkpoints while the run goes on; None: nothing does.
+    background: what writes checkpoints while the run goes on; None: nothing does. stop_time: whether a stop has the time to save.
     """
 
     cfg: Recipe
@@ -60,6 +61,7 @@ class Run(Protocol):
     started: float
     stop_asked: bool
     background: Background | None
+    stop_time: StopTime
 
     @property
     def is_main(self) -> bool:
@@ -119,6 +121,7 @@ def every(interval: int | None, step: int) -> bool:
 
 def after_step(run: Run, stopping: bool, save: Callable[[], None]) -> bool:
     """Save, export and evaluate as this step asks for. stopping: as all ranks were told. Whether the run goes on, or is finished."""
+    run.stop_time.end_step()
     _tell_saved(run)
     if every(run.cfg.checkpoint.save_interval, run.progress.step) or run.is_last or stopping:
         save()
@@ -189,6 +192,8 @@ def save(run: Run, recipe: BaseModel, beside: Callable[[Path], None] | None = No
     seconds = time.perf_counter() - begun
     said = f"saved {folder} in {seconds:.1f} s" if run.background is None else f"copied {folder} in {seconds:.1f} s, to be written in the background"
     run.log.event(run.progress.step, {"checkpoint_seconds": seconds}, said)
+    if run.background is None:
+        _tell_little_time(run, seconds)
 
 
 def settle(run: Run) -> None:
@@ -203,6 +208,14 @@ def _tell_saved(run: Run) -> None:
     """That a save in the background is complete, when it is."""
     for folder, seconds in [] if run.background is None else run.background.news():
         run.log.event(run.progress.step, {"checkpoint_background_seconds": seconds}, f"saved {folder} in the background, in {seconds:.1f} s")
+        _tell_little_time(run, seconds)
+
+
+def _tell_little_time(run: Run, save_seconds: float) -> None:
+    """That a stop would find no time to save, where that is so."""
+    warning = run.stop_time.warning(save_seconds)
+    if warning is not None:
+        run.log.say(warning)
 
 
 def _export(run: Run) -> None:

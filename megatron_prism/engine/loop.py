@@ -46,6 +46,7 @@ from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.saving import Background
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import Engine, StepReport, evaluate_step, train_step
+from megatron_prism.engine.stop_time import StopTime
 from megatron_prism.engine.trainable import freeze
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
@@ -72,6 +73,7 @@ class Run(calendar.Run):
     """seconds, tokens, and seconds waited for data of the last steps"""
     stop_asked: bool = False
     background: Background | None = None
+    stop_time: StopTime = field(default_factory=StopTime)
 
     def close(self) -> None:
         """End the log and the threads that read data."""

@@ -34,6 +34,7 @@ from megatron_prism.engine.reference_model import Reference
 from megatron_prism.engine.saving import Background
 from megatron_prism.engine.schedule import factor
 from megatron_prism.engine.step import DivergenceError, Engine
+from megatron_prism.engine.stop_time import StopTime
 from megatron_prism.errors import UserError
 from megatron_prism.evals.inline import apart
 from megatron_prism.families.model_config import ModelConfig
@@ -79,6 +80,7 @@ class Run(calendar.Run):
     started: float = field(default_factory=time.monotonic)
     stop_asked: bool = False
     background: Background | None = None
+    stop_time: StopTime = field(default_factory=StopTime)
 
 
 def reinforce(cfg: RLConfig, evaluate: Evaluate | None = None) -> Path:

@@ -42,6 +42,7 @@ export NCCL_DEBUG=WARN
 export NCCL_SOCKET_IFNAME=ib0
 export OMP_NUM_THREADS=8
 {torchrun}export PRISM_ERROR_FILE='runs/my run.error'
+export PRISM_SAVE_SECONDS={seconds}
 export PRISM_STOPPED_FILE='runs/my run.stopped'
 export PRISM_TIMEOUT_MINUTES=20
 export PYTHONSAFEPATH=1
@@ -138,14 +139,14 @@ ODD = 'it\'s $HOME `x` "q" 100% \\ #1 ünï'
 
 def test_the_script_in_which_srun_starts_the_ranks_is_this_text_and_bash_reads_it() -> None:
     script = sbatch_script(JOB, PLACE, "midtrain", Path("runs/my run"))
-    assert script == HEAD.format(tasks=8, cpus=8, torchrun="", variables="") + SRUN + TAIL
+    assert script == HEAD.format(tasks=8, cpus=8, torchrun="", variables="", seconds=600) + SRUN + TAIL
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.parametrize(("starter", "started"), [("torchrun", TORCHRUN), ("ft_launcher", FT_LAUNCHER)])
 def test_the_script_in_which_torchrun_or_its_kin_starts_the_ranks_is_this_text_and_bash_reads_it(starter: str, started: str) -> None:
     script = sbatch_script(JOB, PLACE.model_copy(update={"starter": starter}), "midtrain", Path("runs/my run"))
-    assert script == HEAD.format(tasks=1, cpus=64, **OF_TORCHRUN) + started + TAIL
+    assert script == HEAD.format(tasks=1, cpus=64, seconds=570, **OF_TORCHRUN) + started + TAIL
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
