@@ -11,8 +11,9 @@ from typing import Any
 
 from megatron_prism.config import Block, Fraction, Positive, PositiveFloat
 from megatron_prism.errors import UserError
+from megatron_prism.rl.rewards import ENOUGH_GRADED
 
-WATCHED = ("reward", "entropy", "length", "truncated", "kl")
+WATCHED = ("reward", "entropy", "length", "truncated", "kl", "gradings", "gradings_failed")
 
 
 class AlarmConfig(Block):
@@ -34,6 +35,8 @@ class AlarmConfig(Block):
     """nats a token, to the reference"""
     reward_drop: Fraction | None = 0.5
     """the share of the best window's reward that was lost, where that was above zero"""
+    gradings_failed: Fraction | None = 0.5
+    """share of a window's gradings that say nothing, of 16 and more: where few responses pass the format, reward.max_failed never sees enough"""
 
 
 class CollapseError(UserError):
@@ -83,6 +86,7 @@ class Watch:
             self._absolute("truncated", config.truncated_above, key="truncated_above"),
             self._absolute("kl", config.kl_above, key="kl_above"),
             self._reward(config.reward_drop),
+            self._gradings(config.gradings_failed),
         )
         return next((text for text in checks if text is not None), None)
 
@@ -109,6 +113,17 @@ class Watch:
         if drop is None or self.best is None or self.best <= 0 or (now := _mean(self.recent, "reward")) >= (1 - drop) * self.best:
             return None
         return f"alarms.reward_drop={drop:g}: reward {now:.4g} over the last {self.window} steps, after {self.best:.4g} in the best window"
+
+    def _gradings(self, limit: float | None) -> str | None:
+        """Over the steps of the last window that were counted: a run of an earlier release kept no such figures."""
+        counted = [seen for seen in self.recent if "gradings" in seen]
+        asked, failed = (sum(seen[name] for seen in counted) for name in ("gradings", "gradings_failed"))
+        if limit is None or asked < ENOUGH_GRADED or failed <= limit * asked:
+            return None
+        return (
+            f"alarms.gradings_failed={limit:g}: {failed:.0f} of {asked:.0f} gradings failed over the last {self.window} steps: what is right earns "
+            "nothing; mend the grader (docs/grading.md)"
+        )
 
     def _has(self, name: str) -> bool:
         return all(name in seen for seen in (*self.first, *self.recent))

@@ -325,6 +325,9 @@ def _named(run: Run) -> Iterator[None]:
         yield
     except (UserError, DivergenceError) as error:
         raise type(error)(f"step {step}: {error}. Nothing of this step was saved; {_last_good(run, isinstance(error, CollapseError))}") from error
+    except Exception as error:  # memory that ran out, say: what it is stays as it is
+        error.add_note(f"in step {step}. Nothing of this step was saved; {_last_good(run, collapsed=False)}")
+        raise
 
 
 def _last_good(run: Run, collapsed: bool) -> str:

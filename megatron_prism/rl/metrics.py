@@ -5,7 +5,8 @@
     solved_from_zero                      prompts with a right response that had none whenever they were asked before
     format, truncated, length             past the format gate; cut off by the limit; tokens that the model wrote
     entropy                               mean -log p of the written tokens under the generator, an estimate of the policy's entropy
-    groups_all_equal, gradings_failed     groups whose rewards are all the same: they teach nothing; gradings that say nothing
+    groups_all_equal                      groups whose rewards are all the same: they teach nothing
+    gradings, gradings_failed             answers that were graded; gradings that say nothing
     penalty_NAME                          mean of what a penalty took off
 
 Each also as NAME/DOMAIN where there are several domains. Owns: their definitions, and which prompts were never solved so far.
@@ -64,6 +65,7 @@ def _figures(groups: Sequence[Group], from_zero: set[str]) -> Figures:
         "length_max": float(max(written)),
         "entropy": -sum(sum(response.logprobs) for response in responses) / max(sum(written), 1),
         "groups_all_equal": float(equal_rewards(*rewards_of(groups)).sum()),
+        "gradings": float(sum(reward.verdict is not None for reward in rewards)),
         "gradings_failed": float(len(rewards) - len(graded)),
     }
     names = sorted({name for reward in graded for name in reward.penalties})

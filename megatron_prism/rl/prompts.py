@@ -187,6 +187,9 @@ def load_prompts(config: PromptConfig, tokenizer: Any, longest: int | None = Non
         kept += fitting
     if config.on_too_long == "refuse" and any(report.too_long for report in reports):
         raise UserError(f"prompts are too long: {_too_long(reports, limit)}; raise the limit, or leave them out: prompts.on_too_long=drop")
+    empty = [prompt.id for prompt in kept if not prompt.tokens]
+    if empty:  # the step that asks it would fail at every start
+        raise UserError(f"prompts: {len(empty)} have no tokens, such as {empty[0]!r}: drop them, or ask with a frame, a prefix or a chat template")
     if not kept:
         raise UserError(f"no prompt is left: {_too_long(reports, limit)}; raise prompts.max_prompt_tokens or the context, or give other sources")
     return PromptSet(kept, config, reports)

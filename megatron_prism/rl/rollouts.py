@@ -3,9 +3,10 @@
 A response is a function of the weights, the seed, the step, its prompt's place in the step and its own number (and, to the last digits, of how many
 rows were computed together): not of the layout, and the responses of a prompt may finish in any order. Called on every rank.
 Owns: dealing and gathering. Refuses: sampling other than from the policy itself, since what is trained
-is the policy at temperature 1; a generator that leaves a response out, or has other weights than the step's.
+is the policy at temperature 1; a generator that leaves a response out, has other weights than the step's, or log-probabilities that are no numbers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
@@ -119,7 +120,7 @@ class Draw:
         return {pair: message_of(one) for pair, one in write(generator, self, self.pairs[rank :: self.writers]).items()}
 
     def in_order(self, parts: Sequence[dict[Pair, dict[str, Any]]]) -> list[Response]:
-        """The responses of all ranks' shares. Errors: UserError where one is missing or has other weights."""
+        """The responses of all ranks' shares. Errors: UserError where one is missing, has other weights, or no numbers for log-probabilities."""
         found = {pair: Response(prompt=self.prompts[pair[0]], **message) for part in parts for pair, message in part.items()}
         missing = [pair for pair in self.pairs if pair not in found]
         if missing:
@@ -131,6 +132,12 @@ class Draw:
         if other:  # a server that died and came back with the weights of its start, say
             raise UserError(
                 f"step {self.step}: responses were written with weights of step {min(other)}, not {self.version}'s; the generator lost its weights"
+            )
+        wrong = [found[pair] for pair in self.pairs if not all(map(math.isfinite, found[pair].logprobs))]
+        if wrong:
+            raise UserError(
+                f"step {self.step}: {len(wrong)} of {len(self.pairs)} responses have log-probabilities that are no numbers, such as number "
+                f"{wrong[0].sample} to {wrong[0].prompt.id}: the generator's model overflows; look at generation.dtype and the weights"
             )
         return [found[pair] for pair in self.pairs]
 

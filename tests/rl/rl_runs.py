@@ -14,9 +14,12 @@ from megatron_prism.stages import convert
 NUMBERS = ("reward", "pass_rate", "length", "entropy", "loss", "grad_norm", "kl", "mismatch", "lr", "tokens")
 
 
-def make_inputs(root: Path, seed: int = 3) -> Path:
-    """A checkpoint of a random model in ROOT/start, and ROOT/prompts.jsonl: words to complete, graded by how many of two letters come up."""
-    make_tiny_model(root / "hf", seed=seed, initializer_range=0.1)
+def make_inputs(root: Path, seed: int = 3, **config: Any) -> Path:
+    """A checkpoint of a random model in ROOT/start, and ROOT/prompts.jsonl: words to complete, graded by how many of two letters come up.
+
+    config: of the model, where it is to have other sizes.
+    """
+    make_tiny_model(root / "hf", seed=seed, initializer_range=0.1, **config)
     table = {"direction": "import", "source": str(root / "hf"), "output": str(root / "start")}
     convert.run(validate(table, convert.Config, where="test"))
     words = "the cat sat on the mat one two three four five six".split()

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_prism.rl.alarms import AlarmConfig, Watch, check_mismatch
 
-GOOD = {"reward": 0.5, "entropy": 1.0, "length": 100.0, "truncated": 0.0, "kl": 0.01}
+GOOD = {"reward": 0.5, "entropy": 1.0, "length": 100.0, "truncated": 0.0, "kl": 0.01, "gradings": 9.0, "gradings_failed": 0.0}
 CONFIG = AlarmConfig(window=3, truncated_above=0.8)
 ASTRAY = {
     "entropy_below": {"entropy": 0.01},
@@ -16,6 +16,7 @@ ASTRAY = {
     "truncated_above": {"truncated": 1.0},
     "kl_above": {"kl": 2.0},
     "reward_drop": {"reward": 0.1},
+    "gradings_failed": {"gradings_failed": 9.0},
 }
 
 
@@ -66,6 +67,22 @@ def test_a_step_without_kl_does_not_silence_its_alarm_for_ever():
         watch.see(figures)
     said = watch.alarm(AlarmConfig(window=5))
     assert said is not None and said.startswith("alarms.kl_above=1: kl is 50")
+
+
+def test_graders_that_fail_on_the_few_that_pass_the_format_ring_over_a_window():
+    """A step's few failures of 256 responses are no alarm of their own; that all fail for a window is one, and fewer than 16 tell nothing."""
+    assert watched(*[{"gradings_failed": 4.0}] * 3).alarm(CONFIG) is None, "fewer than half"
+    assert watched(*[{"gradings": 5.0, "gradings_failed": 5.0}] * 3).alarm(CONFIG) is None
+    said = watched(*[{"gradings": 6.0, "gradings_failed": 6.0}] * 3).alarm(CONFIG)
+    assert said is not None and "18 of 18 gradings failed over the last 3 steps" in said
+
+
+def test_figures_that_an_earlier_release_did_not_keep_ring_nothing():
+    old = {name: value for name, value in GOOD.items() if not name.startswith("gradings")}
+    watch = Watch.of(3, {"window": 3, "first": [old] * 3, "recent": [old] * 3, "best": 0.5})
+    for _ in range(2):
+        watch.see({**GOOD, "gradings_failed": 9.0})
+        assert (watch.alarm(CONFIG) is None) == (len([seen for seen in watch.recent if "gradings" in seen]) < 2)
 
 
 def test_a_watch_that_was_saved_goes_on_as_it_was():

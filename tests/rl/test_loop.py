@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_prism.engine.weight_sync import weight_stream
 from megatron_prism.errors import UserError
 from megatron_prism.generate.digests import differing as differing_weights
 from megatron_prism.generate.transformers_backend import TransformersGenerator
-from megatron_prism.grading import Verdict
+from megatron_prism.grading import Verdict, pool
 from megatron_prism.rl import loop
 from megatron_prism.rl.alarms import CollapseError
 from megatron_prism.rl.recipe import RLConfig
@@ -210,8 +211,8 @@ def failed(number: int, graded: list[Any]) -> list[Any]:
     return [Verdict(False, 0.0, "timeout", "", "the grader said nothing in time") if place < number else one for place, one in enumerate(graded)]
 
 
-class HangingPool:
-    """A pool whose graders hang on some answers, and are ended for it."""
+class FailingPool:
+    """A pool that says of some answers what one says of those whose grader hung."""
 
     def __init__(self, pool: Any, number: int) -> None:
         self.pool, self.number = pool, number
@@ -220,15 +221,56 @@ class HangingPool:
         return failed(self.number, list(self.pool.verdicts(pairs)))
 
 
-def test_a_grader_that_hangs_on_an_answer_costs_that_answer(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "rewards", lambda *args, right=loop.rewards: right(args[0], args[1], HangingPool(args[2], 1), args[3]))
-    line = rl_runs.lines(loop.reinforce(rl_runs.config(root, tmp_path / "run", steps=1)))[0]
-    assert line["gradings_failed"] == 1.0
-    assert [one["why"] for one in rl_runs.samples(tmp_path / "run", 1)].count("grading failed") == 1
+ENDLESS = {"grader": "math", "extraction": "whole", "entry": {"answer": "9^{9^{9^9}}"}}
+
+
+def test_a_grader_that_hangs_costs_that_answer_alone(root, tmp_path, monkeypatch):
+    """The solution of one prompt is a number that no grader can compute: comparing an answer with it is ended by its own limit, here a second."""
+    monkeypatch.setattr(pool, "CPU_SECONDS", 1.0)
+    lines = [json.loads(line) for line in (root / "prompts.jsonl").read_text().splitlines()[:4]]
+    rl_runs.write_prompts(tmp_path, [{**lines[0], **ENDLESS}, *lines[1:]])
+
+    def answered(right: Any, run: loop.Run) -> Any:
+        written = right(run)
+        return replace(
+            written, responses=[replace(one, text="7") if (one.prompt.id, one.sample) == ("word/0", 2) else one for one in written.responses]
+        )
+
+    monkeypatch.setattr(loop, "_drawn", lambda run, right=loop._drawn: answered(right, run))
+    settings = {"steps": 1, "prompts__sources": [{"file": str(tmp_path / "prompts.jsonl")}]}
+    line = rl_runs.lines(loop.reinforce(rl_runs.config(root, tmp_path / "run", **settings)))[0]
+    assert (line["gradings"], line["gradings_failed"], line["updated"]) == (16.0, 1.0, 1.0)
+    assert [(one["id"], one["sample"]) for one in rl_runs.samples(tmp_path / "run", 1) if one["why"] == "grading failed"] == [("word/0", 2)]
+
+
+def test_an_empty_group_is_left_out_and_the_run_goes_on(root, tmp_path, monkeypatch):
+    def silent(right: Any, run: loop.Run) -> Any:
+        written = right(run)
+        return replace(
+            written, responses=[replace(one, tokens=(), written=(), logprobs=(), text="") for one in written.responses[:4]] + written.responses[4:]
+        )
+
+    trained: list[int] = []
+    monkeypatch.setattr(loop, "_drawn", lambda run, right=loop._drawn: silent(right, run))
+    monkeypatch.setattr(loop, "_update", lambda run, batch, right=loop._update: (trained.append(len(batch.sequences)), right(run, batch))[1])
+    run = loop.reinforce(rl_runs.config(root, tmp_path / "run", steps=2))
+    assert trained == [12, 12] and [line["updated"] for line in rl_runs.lines(run)] == [1.0, 1.0]
+
+
+def test_an_error_of_another_kind_stays_what_it_is_and_says_where_to_go_on(root, tmp_path, monkeypatch):
+    def fail(*_: Any) -> Any:
+        raise MemoryError("the device has no memory left")
+
+    from_the_third_step(monkeypatch, "_update", fail)
+    with pytest.raises(MemoryError) as raised:
+        loop.reinforce(rl_runs.config(root, tmp_path / "run", **SAVING))
+    assert str(raised.value) == "the device has no memory left"
+    [note] = raised.value.__notes__
+    assert note.startswith("in step 3. ") and str(run_folder.step_folder(tmp_path / "run", 2)) in note
 
 
 def test_a_batch_that_graders_fail_on_is_an_alarm_and_not_data(root, tmp_path, monkeypatch):
-    from_the_third_step(monkeypatch, "rewards", lambda right, *args: right(args[0], args[1], HangingPool(args[2], 16), args[3]))
+    from_the_third_step(monkeypatch, "rewards", lambda right, *args: right(args[0], args[1], FailingPool(args[2], 16), args[3]))
     ends_with(root, tmp_path / "run", GraderAlarmError, "graders failed on 16 of the 16 answers")
 
 
@@ -273,7 +315,15 @@ def test_a_collapse_is_seen_and_the_checkpoint_from_before_it_is_named(root, tmp
 ENTROPIES = iter([5.0, 5.0, 5.0, 5.0, 20.0, 20.0])
 
 
-def test_equal_rewards_are_counted_and_teach_nothing(root, tmp_path, monkeypatch):
+def test_equal_rewards_are_counted_and_teach_nothing_but_to_stay_near_the_reference(root, tmp_path, monkeypatch):
+    """As the paper has it such groups stay in the mean: at the first step, where the policy is the reference, their gradient is nothing at all."""
+    monkeypatch.setattr(loop, "rewards", lambda *args, right=loop.rewards: [type(one)(0.5, one.verdict, True) for one in right(*args)])
+    [line] = rl_runs.lines(loop.reinforce(rl_runs.config(root, tmp_path / "run", steps=1)))
+    assert (line["groups_all_equal"], line["updated"]) == (4.0, 1.0)
+    assert line["grad_norm"] < 1e-6 and abs(line["loss"]) < 1e-9
+
+
+def test_with_dynamic_sampling_equal_rewards_are_left_out(root, tmp_path, monkeypatch):
     """With dynamic sampling nothing of such a batch is left: the weights stay, the run goes on."""
     monkeypatch.setattr(loop, "rewards", lambda *args, right=loop.rewards: [type(one)(0.5, one.verdict, True) for one in right(*args)])
     run = loop.reinforce(rl_runs.config(root, tmp_path / "run", steps=2, objective__dynamic_sampling=True))

@@ -41,7 +41,9 @@ def test_domains_are_told_apart():
 def test_a_failed_grading_is_in_no_figure_of_rewards():
     whole = group("a", [1.0, 0.0])
     found = metrics.figures([replace(whole, rewards=(whole.rewards[0], reward(0.0, failed=True)))], set(), ["math"])
-    assert (found["gradings_failed"], found["reward"], found["pass_rate"]) == (1.0, 1.0, 1.0)
+    assert (found["gradings"], found["gradings_failed"], found["reward"], found["pass_rate"]) == (2.0, 1.0, 1.0, 1.0)
+    ungraded = metrics.figures([replace(whole, rewards=(reward(0.0, verdict=None, passed_format=False),) * 2)], set(), ["math"])
+    assert (ungraded["gradings"], ungraded["gradings_failed"]) == (0.0, 0.0), "past no format gate, nothing is graded"
 
 
 def test_what_a_tool_put_in_is_neither_length_nor_entropy():

@@ -199,6 +199,15 @@ def test_prompts_that_are_too_long_are_dropped_and_counted_before_the_run_or_ref
         load_prompts(config(sources=sources, prompts_per_step=2, max_prompt_tokens=2), tokenizer, longest=100)
 
 
+def test_a_prompt_without_a_token_is_refused_before_the_run(tmp_path: Path, tokenizer: Any) -> None:
+    """No generator takes it: the step that asks it would end the run, at every start anew."""
+    path = tmp_path / "blank.jsonl"
+    write_prompts(path, [line(0), line(1, question="")])
+    with pytest.raises(UserError, match=r"prompts: 1 have no tokens, such as 'math/1'"):
+        load_prompts(config(sources=[{"file": str(path)}], prompts_per_step=1), tokenizer)
+    assert len(load_prompts(config(sources=[{"file": str(path)}], prompts_per_step=1, prefix="So:"), tokenizer).prompts) == 2
+
+
 def test_a_prompt_file_reads_back_what_was_written(tmp_path: Path) -> None:
     lines = [line(0, entry={"answer": "½", "tests": [{"input": "a\nb"}]}, solved=3, samples=16, source="here"), line(1, prompt="?")]
     write_prompts(tmp_path / "p.jsonl", lines)

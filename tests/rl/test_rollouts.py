@@ -1,5 +1,6 @@
 """Dealing prompts, and gathering their responses: in one order, however they were written and by whom."""
 
+import math
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -90,6 +91,15 @@ def test_responses_of_other_weights_are_refused():
 def test_a_response_that_is_missing_is_named():
     with pytest.raises(UserError, match=r"step 0: 2 of 6 responses were not written, such as number 0 to a"):
         drawn(Scripted(lost=2))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_log_probabilities_that_are_no_numbers_are_the_generators_error(value, monkeypatch):
+    """Trained on, they would end the step as a loss that is no number, and the trainer would be searched for it."""
+    message = message_of(write(Scripted(), DRAW, DRAW.pairs)[1, 2])
+    parts = {pair: message_of(one) for pair, one in write(Scripted(), DRAW, DRAW.pairs).items()} | {(1, 2): {**message, "logprobs": (-0.5, value)}}
+    with pytest.raises(UserError, match=r"step 0: 1 of 6 responses have log-probabilities that are no numbers, such as number 2 to b: the generator"):
+        DRAW.in_order([parts])
 
 
 def test_a_step_without_prompts_and_a_prompt_without_room_are_refused():
