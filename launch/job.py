@@ -30,6 +30,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_TO_SAVE = 300
 """how long torchrun waits for its ranks after such a signal before it kills them; its own is 30"""
 
+KILLED = " (the kernel does this when memory runs out; a rank's guard where Python hangs, and says so in the log)"
 NEVER_SECONDS = "1000000000"
 
 
@@ -183,4 +184,4 @@ def outcome_of(status: int) -> Outcome:
     if status >= 0:
         return Outcome(status, f"exit status {status}" if status else "")
     name = signal.Signals(-status).name
-    return Outcome(128 - status, f"ended by {name}" + (" (the kernel does this when memory runs out)" if -status == signal.SIGKILL else ""))
+    return Outcome(128 - status, f"ended by {name}" + (KILLED if -status == signal.SIGKILL else ""))
