@@ -22,6 +22,8 @@ WORDS = (IN_A_STEP, IN_A_LONG_PHASE, ENDING)
 LOOK_SECONDS = 1.0
 UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """what a terminal or Slurm sends to all processes of a job is for the rank"""
+OF_A_RANK = frozenset({"RANK", "LOCAL_RANK"})
+"""variables by which ranks are told among processes: a guard is none"""
 logger = logging.getLogger(__name__)
 
 
@@ -31,8 +33,9 @@ class Guard:
     def __init__(self, rank: int, seconds: tuple[float, float, float]) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         words = [sys.executable, "-I", "-S", str(Path(__file__)), str(rank), str(os.getpid()), *(f"{one:.1f}" for one in seconds)]
+        env = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
         try:
-            self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
+            self._process = subprocess.Popen(words, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
         except OSError as error:
             logger.warning("rank %d has no guard (%s): compiled code that keeps Python's lock for ever would end nobody", rank, error)
             return

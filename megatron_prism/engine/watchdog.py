@@ -44,7 +44,7 @@ DISK_SECONDS = 5.0
 """how long the disk may take beside"""
 STDERR = 2
 """the process's own: what stands in sys.stderr may have no descriptor (a notebook's)"""
-GUARD_SECONDS = 2.0
+GUARD_SECONDS = 5.0
 """how much later than this thread would, and faulthandler has, a guard ends a rank whose Python does not run"""
 MINUTES_TO_END = 5
 """within so many a rank that is late has ended: process groups that give up before would hide who was behind"""
