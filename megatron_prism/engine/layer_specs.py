@@ -4,6 +4,7 @@ Owns: the module specs, Granite's residual multiplier (through megatron-core's p
 activation as a module, where the config says use_te_activation_func.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -142,6 +143,9 @@ class HybridStack(MambaStack):
 
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, norm: type, post_layer_norm: bool = True, **kwargs: Any) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
+        # the layers recompute themselves, in every version; megatron-core 0.19's stack would recompute what they do once more
+        self.config = copy.copy(config)
+        self.config.recompute_granularity = None
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)

@@ -68,9 +68,9 @@ def mixer_spec(transformer_engine: bool, mamba: MambaConfig, tp: int, *, norm: t
 
 
 class InputNorm:
-    """The norm before the mixer with the model's epsilon, which MambaLayer does not hand on."""
+    """The norm before the mixer with the model's epsilon, which MambaLayer of megatron-core 0.16 does not hand on (0.19 does)."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, norm: type) -> Any:
+    def __new__(cls, config: TransformerConfig, hidden_size: int, norm: type, eps: float | None = None) -> Any:
         return norm(config=config, hidden_size=hidden_size, eps=config.layernorm_epsilon)
 
 

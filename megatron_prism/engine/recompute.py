@@ -28,11 +28,12 @@ def install(chunk: torch.nn.Module, keep_attention: bool, offload: bool) -> None
     store = Offload() if offload else None
     decoder: Any = chunk.decoder
     if store is not None:
-        # what calls the layers, and not the final norm, whose backward pass comes at once
-        parts, method = ([decoder], "_checkpointed_forward") if isinstance(decoder, TransformerBlock) else (decoder.layers, "forward")
-        for part in parts:
-            part.__class__ = _offloading(part.__class__, method)
+        # what calls the layers: that which recomputes saves their inputs
+        for part in [decoder] if isinstance(decoder, TransformerBlock) else decoder.layers:
+            part.__class__ = _offloading(part.__class__)
             part.store = store
+        if isinstance(decoder, TransformerBlock) and decoder.final_layernorm is not None:  # its backward pass comes at once
+            decoder.final_layernorm.register_forward_pre_hook(lambda *_: store.close())
     for layer in decoder.layers:
         core: Any = getattr(getattr(layer, "self_attention", None), "core_attention", None)  # a hybrid's other layers have none
         if keep_attention and core is not None:
@@ -87,6 +88,12 @@ class Offload:
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream() if torch.cuda.is_initialized() else None
         self.newest: weakref.ref[Parked] | None = None
+        self.is_open = False
+        """whether what is saved now waits for long"""
+
+    def close(self) -> None:
+        """What is saved from now on is needed soon."""
+        self.is_open = False
 
     def park(self, tensor: Tensor) -> Parked:
         """Copy to the host; the caller lets go of the tensor."""
@@ -100,18 +107,19 @@ def _unpark(held: "Tensor | Parked") -> Tensor:
 
 
 @functools.cache
-def _offloading(kind: Any, method: str) -> type:
-    """A decoder or a layer of a kind, in whose method hidden states that wait for the backward pass go to host memory."""
+def _offloading(kind: Any) -> type:
+    """A decoder or a layer of a kind, in which hidden states that wait for the backward pass go to host memory."""
 
     def within(self: Any, *args: Any, **kwargs: Any) -> Any:
         def pack(tensor: Tensor) -> Tensor | Parked:
             hidden = tensor.ndim == 3 and tensor.shape[-1] == self.config.hidden_size  # not the angles of RoPE, which all layers share
-            return self.store.park(tensor) if hidden and _is_large(tensor) else tensor
+            return self.store.park(tensor) if self.store.is_open and hidden and _is_large(tensor) else tensor
 
+        self.store.is_open = True
         with saved_tensors_hooks(pack, _unpark):
-            return getattr(kind, method)(self, *args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
 
-    return type(f"Offloading{kind.__name__}", (kind,), {method: within})
+    return type(f"Offloading{kind.__name__}", (kind,), {"forward": within})
 
 
 def _is_large(tensor: Tensor) -> bool:

@@ -310,8 +310,10 @@ def _flights(path: Path) -> dict[str, dict[str, str]]:
         c10d: Any = torch._C._distributed_c10d
 
         with suppress(Exception):  # of use where it is, and no reason to end otherwise
-            path.write_bytes(_first(c10d, "_dump_nccl_trace", "_dump_fr_trace")())
-            text: Any = _first(c10d, "_dump_nccl_trace_json", "_dump_fr_trace_json")()
+            # a torch for CUDA has both; gloo's collectives are in the second alone
+            kinds = ("nccl", "fr") if torch.distributed.get_backend() == "nccl" else ("fr", "nccl")
+            path.write_bytes(_first(c10d, *(f"_dump_{kind}_trace" for kind in kinds))())
+            text: Any = _first(c10d, *(f"_dump_{kind}_trace_json" for kind in kinds))()
             found.update(json.loads(text).get("pg_status", {}))
 
     asking = threading.Thread(target=ask, daemon=True)
