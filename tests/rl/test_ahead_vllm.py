@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.skipif(PY
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 SETTINGS: dict[str, Any] = {
     "generation__backend": "vllm",
-    "generation__batch_size": 4,  # of a step's sixteen responses: it writes for a while
+    "generation__batch_size": 1,  # of a step's sixteen responses: it writes for longer than graders and reference take
     "generation__start_timeout_seconds": 900,
     "generation__server_flags__enforce-eager": True,
     "rollout__steps_ahead": 1,
