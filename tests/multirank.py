@@ -20,7 +20,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -53,7 +53,7 @@ def run_ranks(
 class _Server:
     """A process that forks ranks; it serves one launch at a time."""
 
-    idle: dict[str, list["_Server"]] = defaultdict(list)
+    idle: ClassVar[dict[str, list["_Server"]]] = defaultdict(list)
     lock = threading.Lock()
 
     def __init__(self, env: dict[str, str] | None) -> None:

@@ -25,24 +25,15 @@ PATIENCE_SECONDS = 20.0
 """between asking ranks to end and ending them"""
 
 
-class RankDone(Exception):
-    """Unwinds a forked rank to the end of the program; holds its exit status."""
-
-
-def main() -> int:
-    """Serve until standard input ends. In a rank: run its script, return its status."""
+def main() -> None:
+    """Serve until standard input ends."""
     for name in IMPORTED:
         importlib.import_module(name)
-    if len(os.listdir("/proc/self/task")) != 1:
+    if len(list(Path("/proc/self/task").iterdir())) != 1:
         raise AssertionError(f"threads do not survive a fork, and an import has started some: {threading.enumerate()}")
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        try:
-            status = serve(json.loads(line))
-        except RankDone as done:
-            return int(done.args[0])
-        print(json.dumps({"status": status}), flush=True)
-    return 0
+        print(json.dumps({"status": serve(json.loads(line))}), flush=True)
 
 
 def serve(request: dict[str, Any]) -> int:
@@ -88,7 +79,7 @@ def hold_store() -> tuple[int, int]:
 
 
 def run_rank(request: dict[str, Any], rank: int, port: int) -> NoReturn:
-    """In the forked process. Errors: RankDone, always."""
+    """In the forked process. Errors: SystemExit with the script's status, always."""
     os.setsid()
     ranks = str(request["ranks"])
     os.environ.clear()
@@ -110,7 +101,7 @@ def run_rank(request: dict[str, Any], rank: int, port: int) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
-    raise RankDone(status)
+    sys.exit(status)
 
 
 def redirect(descriptor: int, path: Path, flags: int) -> None:
@@ -152,4 +143,4 @@ def end(running: set[int]) -> None:
 SERVER = os.getpid()
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
