@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,7 +78,7 @@ def hold_store() -> tuple[int, int]:
 
 
 def run_rank(request: dict[str, Any], rank: int, port: int) -> NoReturn:
-    """In the forked process. Errors: SystemExit with the script's status, always."""
+    """In the forked process: to the end of the program, by the script's error or by SystemExit."""
     os.setsid()
     ranks = str(request["ranks"])
     os.environ.clear()
@@ -93,15 +92,8 @@ def run_rank(request: dict[str, Any], rank: int, port: int) -> NoReturn:
     redirect(2, logs / "stderr.log", os.O_WRONLY | os.O_CREAT)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv = [request["script"], *request["args"]]
-    status = 0
-    try:
-        runpy.run_path(request["script"], run_name="__main__")
-    except SystemExit as asked:
-        status = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.exit(status)
+    runpy.run_path(request["script"], run_name="__main__")
+    sys.exit()
 
 
 def redirect(descriptor: int, path: Path, flags: int) -> None:
