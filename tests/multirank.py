@@ -12,7 +12,7 @@ import atexit
 import contextlib
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import tempfile
@@ -92,7 +92,10 @@ class _Server:
     def _answer(self, seconds: float) -> str | None:
         """Its next line. Errors: AssertionError with what it wrote, where it has ended."""
         assert self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
+        with selectors.DefaultSelector() as selector:  # select.select knows no descriptor beyond 1,023
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            answered = bool(selector.select(seconds))
+        if not answered:
             self.close()
             return None
         answer = self.process.stdout.readline()
