@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_prism.analysis.sums import THRESHOLDS, Cosine, Counts, Sums
 
-BLOCK = 1 << 16
-"""elements: fp32 blocks of a few operands stay in a core's cache"""
-RUN = 16 * BLOCK
+BLOCK = 1 << 18
+"""elements: fp32 blocks of a few operands stay in the processor's cache, and threads seldom wait for the interpreter's lock"""
+RUN = 8 * BLOCK
 """elements that one thread takes at a time"""
 SMALL = 1e-30
 """sum of squares of a block below which some of them may have left fp32's range"""
