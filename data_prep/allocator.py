@@ -33,6 +33,14 @@ def environment() -> dict[str, str]:
     return {PRELOAD: path if before is None else f"{before}:{path}"}
 
 
+def what_is_missing() -> str | None:
+    """For people: what workers could have; None where they have mimalloc, or LD_PRELOAD names an allocator, or there is none for the system."""
+    if sys.platform != "linux" or os.environ.get(PRELOAD) or environment():
+        return None
+    remedy = "pip install 'megatron-prism[fast-malloc]'" if _mimalloc() is None else "its path holds a space or a colon, which the loader would cut"
+    return f"workers use the C library's malloc; with mimalloc they take about 0.6 of the time: {remedy}"
+
+
 def _mimalloc() -> str | None:
     try:
         path = Path(str(metadata.distribution(PACKAGE).locate_file(LIBRARY)))

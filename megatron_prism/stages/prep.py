@@ -26,11 +26,14 @@ def parents(cfg: Config) -> list[Path]:
 
 def run(cfg: Config) -> Path:
     """Prepare every source, or this process's share; returns the output. A finished output of the same recipe and inputs is left as it is."""
-    from megatron_prism.data_prep import output, parts, prepare
+    from megatron_prism.data_prep import allocator, output, parts, prepare
+    from megatron_prism.data_prep.progress import console
 
     place = parts.find_place(cfg)
 
     def work() -> prepare.Result:
+        if slower := allocator.what_is_missing():
+            console.print(slower, highlight=False, soft_wrap=True, markup=False)
         result = prepare.prepare(cfg, place)
         if place.world == 1:
             prepare.finish(cfg)

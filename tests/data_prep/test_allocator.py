@@ -25,6 +25,7 @@ def loaded_allocators():
 @needs_mimalloc
 def test_a_worker_has_mimalloc_and_its_parent_has_not(monkeypatch):
     monkeypatch.delenv(allocator.PRELOAD, raising=False)
+    assert allocator.what_is_missing() is None
     with processes.pool(1, start, None) as pool:
         assert pool.submit(loaded_allocators).result(60)
     assert not loaded_allocators() and allocator.PRELOAD not in os.environ
@@ -45,7 +46,7 @@ def test_without_the_package_the_c_library_s_own_malloc_works(monkeypatch):
 
     monkeypatch.setattr(metadata, "distribution", absent)
     monkeypatch.delenv(allocator.PRELOAD, raising=False)
-    assert allocator.environment() == {}
+    assert allocator.environment() == {} and "pip install 'megatron-prism[fast-malloc]'" in (allocator.what_is_missing() or "")
     with processes.pool(1, start, None) as pool:
         assert not pool.submit(loaded_allocators).result(60)
 
@@ -66,4 +67,5 @@ def test_a_path_that_the_loader_would_cut_is_not_given_to_it(monkeypatch, tmp_pa
     library.parent.mkdir()
     library.touch()
     monkeypatch.setattr(allocator, "_mimalloc", lambda: str(library))
-    assert allocator.environment() == {}
+    monkeypatch.delenv(allocator.PRELOAD, raising=False)
+    assert allocator.environment() == {} and "a space or a colon" in (allocator.what_is_missing() or "")
