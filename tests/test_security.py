@@ -21,6 +21,7 @@ SOURCES = sorted(path for folder in ("megatron_prism", "kernels", "launch", "dat
 REASONS = {
     ("megatron_prism/evals/sources/livecodebench.py", "pickle.Unpickler"): "knows no names: text comes out, or an error",
     ("megatron_prism/engine/untrusted.py", "pickle.Unpickler"): "knows the names of facts in a checkpoint's metadata alone",
+    ("megatron_prism/engine/ranks.py", "pickle.loads"): "an error of this rank, taken apart a line before, to see whether the others could make it",
     ("megatron_prism/grading/worker.py", "pickle.loads"): "a question from the parent process, over a pipe",
     ("megatron_prism/grading/sandbox/supervisor.py", "exec"): "the sandbox itself: a graded program runs in a process that can do nothing else",
     ("megatron_prism/grading/sandbox/supervisor.py", "__import__"): "modules that graded programs may have, from a table, before the sandbox closes",
@@ -30,6 +31,7 @@ REASONS = {
     ("megatron_prism/analysis/landscape_recipe.py", "import_module"): "`scorer` of a landscape recipe: code that the recipe's own author names",
     ("megatron_prism/grading/graders.py", "import_module"): "packages of a table in the source",
     ("megatron_prism/engine/bench/hugging_face.py", "import_module"): "a name in the source",
+    ("megatron_prism/engine/torch_private.py", "import_module"): "a module of torch, named in the source",
 }
 """(file, call) -> why it may stand there. Whoever adds one says what names the code, and docs/security.md lists it where a user can."""
 
