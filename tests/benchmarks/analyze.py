@@ -4,7 +4,8 @@
 
 Cold: every weight file's pages are dropped (posix_fadvise) before each pass. The disk's rate is that of reading the same files to their end, cold.
 Memory is that of this process (workers=1), its own pages (RssAnon), mapped files apart, beside the size of the largest tensor. The machine's load is
-printed, and with rounds the medians: on a machine that does other things the figure to go by is that of processor time (workers=1), which waiting for a core does not enter.
+printed, and with rounds the medians: on a machine that does other things the figure to go by is that of processor time (workers=1), which waiting
+for a core does not enter.
 """
 
 import argparse
@@ -50,9 +51,8 @@ def main() -> None:
         for workers in options.workers:
             rounds = [one_round(files, size, job, workers) for _ in range(options.rounds)]
             disk, cold, warm, share = (statistics.median(column) for column in zip(*rounds, strict=True))
-            print(
-                f"workers={workers}, median of {options.rounds}: disk {disk:.2f}, cold {cold:.2f} ({share:.0%} of the disk's rate), warm {warm:.2f} GB/s"
-            )
+            rates = f"disk {disk:.2f}, cold {cold:.2f} ({share:.0%} of the disk's), warm {warm:.2f} GB/s"
+            print(f"workers={workers}, medians of {options.rounds}: {rates}")
         largest = max(entry.shape[0] * entry.shape[-1] * entry.dtype.itemsize for entry in hf.Reader(folders[0]).entries.values())
         print(f"largest tensor {largest / 2**20:.0f} MiB; {len(Walker(job).entries)} rules")
 
