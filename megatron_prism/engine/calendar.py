@@ -5,6 +5,7 @@ when its last checkpoint got what it was saved for: an export or an evaluation t
 thing at the next start. Owns: these decisions, and saving, exporting and evaluating. Knows nothing of what a step does.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from megatron_prism.engine.watchdog_settings import WatchdogSection
 from megatron_prism.engine.weights import export_hf
 from megatron_prism.errors import StoppedEarly
 
+logger = logging.getLogger(__name__)
 HF_FILES = "hf_files"
 EVALUATION_SECONDS = "evaluation/seconds"
 Evaluate = Callable[[Path], dict[str, float]]
@@ -89,6 +91,10 @@ def ending_saves(run: Run) -> Iterator[None]:
     """However it ends inside, what is being written in the background is written to its end: the checkpoint of an earlier step is good."""
     try:
         yield
+    except Exception as error:  # told before the wait, which a watchdog may end
+        if run.background is not None and run.background.is_busy and not isinstance(error, StoppedEarly):
+            logger.error("the run ends by an error, once the save in the background is over", exc_info=error)
+        raise
     finally:
         if run.background is not None:
             with watchdog.last_phase("the end of a save"):
@@ -98,8 +104,6 @@ def ending_saves(run: Run) -> Iterator[None]:
 @contextmanager
 def attended(run: Run) -> Iterator[None]:
     """Inside, signals ask the run to stop after its step, a watchdog ends it when it makes no progress, and saves are ended. Called on every rank."""
-    if run.cfg.watchdog is not None:
-        parallel.wait_longer(run.cfg.watchdog.long_timeout_minutes + watchdog.MINUTES_TO_END)
     watched = watchdog.watching(run.cfg.output, run.cfg.watchdog, lambda: run.progress.step)
     with stop_signals.heard(lambda: setattr(run, "stop_asked", True)), watched, ending_saves(run):
         yield
@@ -109,6 +113,15 @@ def stopped_early(output: Path) -> None:
     """At the end of a stage, on every rank, before the process groups end. Errors: StoppedEarly where its run is not finished."""
     if not on_main(lambda: artifact.is_complete(output)):
         raise StoppedEarly(f"{output} was told to stop, and has saved: start the same command again to go on")
+
+
+def wait_as_allowed(run: Run) -> None:
+    """From the first step's end on, groups wait for a rank as long as the watchdog allows one.
+
+    On NCCL ranks first meet in that step: those that do not find each other need no hours.
+    """
+    if run.cfg.watchdog is not None:
+        parallel.wait_longer(run.cfg.watchdog.long_timeout_minutes + watchdog.MINUTES_TO_END)
 
 
 # --- when --------------------------------------------------------------------------------------------------------------------------------------
@@ -121,6 +134,7 @@ def every(interval: int | None, step: int) -> bool:
 
 def after_step(run: Run, stopping: bool, save: Callable[[], None]) -> bool:
     """Save, export and evaluate as this step asks for. stopping: as all ranks were told. Whether the run goes on, or is finished."""
+    wait_as_allowed(run)
     run.stop_time.end_step()
     _tell_saved(run)
     if every(run.cfg.checkpoint.save_interval, run.progress.step) or run.is_last or stopping:

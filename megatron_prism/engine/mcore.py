@@ -65,7 +65,8 @@ def plan_sharded(state: dict[str, Any], folder: Path) -> ShardedPlan:
     writer = _Planned(str(folder))
     planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     planned = save_state_dict_async_plan(torch_dist.mcore_to_pyt_state_dict(by_key, False), writer, None, 0, planner=planner)
-    return ShardedPlan(folder, common, writer.items, writer, planned[0][1])
+    items, writer.items = writer.items, []  # whoever is done with the plan's tensors lets go of them
+    return ShardedPlan(folder, common, items, writer, planned[0][1])
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:

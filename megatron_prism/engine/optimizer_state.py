@@ -102,9 +102,13 @@ def _owned(part: Any, weight: torch.nn.Parameter) -> Tensor:
     return owned
 
 
-def _room_for(value: Tensor) -> Tensor:
-    """Where a loaded value goes: in its place if that is host memory (or a copy made there), else beside it, where the device may have no room."""
-    return value if value.device.type == "cpu" else torch.empty(value.shape, dtype=torch.float32, device="cpu")
+def _room_for(value: Tensor, weight: Tensor) -> Tensor:
+    """Where a loaded value goes: in its place if that is host memory (or a copy made there), else beside it, where the device may have no room.
+
+    An fp32 weight is its own master, and is loaded as a weight too, perhaps rounded: the master comes after it, from room of its own.
+    """
+    in_place = value.device.type == "cpu" and value.data_ptr() != weight.data_ptr()
+    return value if in_place else torch.empty(value.shape, dtype=torch.float32, device="cpu")
 
 
 class OptimizerState:
@@ -115,8 +119,9 @@ class OptimizerState:
         self.tensors: dict[str, ShardedTensor] = {}
         self._loaded: list[tuple[Any, torch.nn.Parameter, dict[str, Tensor]]] = []
         for part, weight, start, stop in own_state(optimizer):
-            held = {name: value.detach() for name, value in part.optimizer.values(_owned(part, weight)).items()}
-            tensors = {name: _room_for(value) for name, value in held.items()} if loading else held
+            owned = _owned(part, weight)
+            held = {name: value.detach() for name, value in part.optimizer.values(owned).items()}
+            tensors = {name: _room_for(value, owned) for name, value in held.items()} if loading else held
             if loading:
                 self._loaded.append((part, weight, tensors))
             self._add(weight, by_weight[id(weight)], tensors, start, stop)

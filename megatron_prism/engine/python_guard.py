@@ -74,10 +74,10 @@ def guard(rank: str, pid: int, seconds: dict[bytes, float]) -> None:
         if pause < 2 * LOOK_SECONDS and not _is_stopped(pid):
             waited += pause
         if waited > allowed:
+            os.kill(pid, signal.SIGKILL)  # before it is said: where the log lies on a disk that hangs, words take for ever
             with suppress(OSError):
                 said = f"Python has not run for {waited:.0f} s, compiled code keeps its lock; it is ended"
                 print(f"rank {rank} (process {pid}): {said}", file=sys.stderr)
-            os.kill(pid, signal.SIGKILL)
             return
 
 

@@ -124,7 +124,7 @@ def watching(output: Path, section: WatchdogSection | None, step: Callable[[], i
 
 
 def make_room(output: Path) -> str:
-    """Rank 0: an empty folder, where torch can write its record too; files of an earlier hang are kept, numbered. The name of this session's call."""
+    """Rank 0: an empty folder, where torch can write its record too; files of an earlier hang are kept, numbered. The name of this start's call."""
     folder = output / FOLDER
     if folder.exists() and any(folder.iterdir()):
         number = next(number for number in range(1, 10_000) if not folder.with_name(f"{FOLDER}_{number:03d}").exists())
@@ -217,16 +217,21 @@ class Watchdog(threading.Thread):
 
     def _answer_and_end(self, seen: Beat, late: bool) -> None:
         """Whatever happens while it answers, the end comes."""
-        faulthandler.cancel_dump_traceback_later()
-        self.guard.tell(ENDING)
-        telling = threading.Thread(target=self._tell, args=(seen, late), daemon=True)
-        telling.start()
-        telling.join(self.answer_seconds)
-        if telling.is_alive():
-            place = hang_report.place(sys._current_frames()[threading.main_thread().ident or 0])
-            _say(f"rank {self.rank}: no progress ({seen.phase}, step {self.step() + 1}; is at {place}), and {self.folder} does not answer; it ends")
-        self._end_the_stopped()
-        os._exit(STATUS)
+        try:
+            faulthandler.cancel_dump_traceback_later()
+            self.guard.tell(ENDING)
+            telling = threading.Thread(target=self._tell, args=(seen, late), daemon=True)
+            telling.start()
+            telling.join(self.answer_seconds)
+            if telling.is_alive():
+                place = hang_report.place(sys._current_frames()[threading.main_thread().ident or 0])
+                said = f"no progress ({seen.phase}, step {self.step() + 1}; is at {place}), and {self.folder} does not answer; it ends"
+                saying = threading.Thread(target=_say, args=(f"rank {self.rank}: {said}",), daemon=True)  # the log may lie on the same disk
+                saying.start()
+                saying.join(DISK_SECONDS)
+            self._end_the_stopped()
+        finally:
+            os._exit(STATUS)
 
     def _tell(self, seen: Beat, late: bool) -> None:
         with suppress(OSError):
@@ -276,7 +281,7 @@ class Watchdog(threading.Thread):
     def _end_the_stopped(self) -> None:
         """A rank that was stopped (SIGSTOP) hears nothing but SIGKILL, and its launcher would wait for it."""
         for pid in self.beside:
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, OSError):
                 process = psutil.Process(pid)
                 if process.status() == psutil.STATUS_STOPPED:
                     process.send_signal(signal.SIGKILL)

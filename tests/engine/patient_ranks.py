@@ -23,6 +23,8 @@ run: Any = SimpleNamespace(cfg=cfg, progress=SimpleNamespace(step=0), background
 parallel.start(torch.device("cpu"))
 group = dist.new_group(timeout=timedelta(seconds=2))
 with calendar.attended(run) if how == "watched" else nullcontext():
+    if how == "watched":
+        calendar.wait_as_allowed(run)
     if dist.get_rank() == 0:
         time.sleep(5)
     dist.barrier(group)

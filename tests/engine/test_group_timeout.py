@@ -32,4 +32,5 @@ def test_ranks_wait_for_one_that_works_as_long_as_the_watchdog_allows_it(tmp_pat
     script = Path(__file__).with_name("patient_ranks.py")
     done = run_ranks(script, 2, str(tmp_path), "watched")
     assert done.stdout.split() == ["45.0"] * 6, "what is allowed to a rank, and five minutes in which it is named"
-    assert run_ranks(script, 2, str(tmp_path), "alone", check=False).returncode == 1, "the fault is one"
+    alone = run_ranks(script, 2, str(tmp_path), "alone", check=False)
+    assert alone.returncode == 1 and "imed out" in alone.stderr, f"the fault is one: {alone.stderr}"
