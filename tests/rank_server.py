@@ -90,7 +90,6 @@ def run_rank(request: dict[str, Any], rank: int, port: int) -> NoReturn:
     redirect(0, Path(os.devnull), os.O_RDONLY)
     redirect(1, logs / "stdout.log", os.O_WRONLY | os.O_CREAT)
     redirect(2, logs / "stderr.log", os.O_WRONLY | os.O_CREAT)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv = [request["script"], *request["args"]]
     runpy.run_path(request["script"], run_name="__main__")
     sys.exit()

@@ -97,12 +97,13 @@ class Reader:
             raise UserError(f"{self.folder / self.entries[unlisted[0]].file} holds {_some(unlisted)}, which {INDEX} does not list")
 
 
-def _read_ahead(mapped: Tensor) -> None:
-    """Have the system fetch the rest of a tensor's file while the first of it is worked on. Advice: where it is not taken nothing else changes."""
-    if sys.platform == "linux":
-        start = mapped.data_ptr()
-        page = start - start % mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(start + mapped.nbytes - page), mmap.MADV_WILLNEED)
+def _read_ahead(mapped: Tensor) -> bool:
+    """Have the system fetch the rest of a tensor's file while the first of it is worked on. Advice: where it is not taken (False) nothing else changes."""
+    if sys.platform != "linux" or not mapped.nbytes:
+        return False
+    start = mapped.data_ptr()
+    page = start - start % mmap.PAGESIZE
+    return not ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(start + mapped.nbytes - page), mmap.MADV_WILLNEED)
 
 
 def _listed(folder: Path) -> dict[str, str] | None:

@@ -14,7 +14,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from own_memory import Peak
 from tiny_models import write_tokenizer
 
 from megatron_prism import families
@@ -123,29 +123,6 @@ def seconds(work) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-class Peak:
-    """The most of its own memory that this process took inside, above what it had, sampled every 5 ms."""
-
-    def __enter__(self) -> "Peak":
-        self.before, self.mib, self.done = own(), 0.0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *rest: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.005):
-            self.mib = max(self.mib, own() - self.before)
-
-
-def own() -> float:
-    """MiB of anonymous memory of this process."""
-    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from own_memory import Peak
 
 BLOCK_BYTES = 1 << 24
 NAMES = ("write", "read", "sync", "stall", "background", "check", "load")
@@ -94,7 +95,7 @@ def measure(options: argparse.Namespace) -> None:
         begun, busy = time.perf_counter(), time.process_time()
         with Peak() as peak:
             work()
-        line[f"{name} memory"] = peak.gib
+        line[f"{name} memory"] = peak.mib / 1024
         used = torch.tensor(time.process_time() - busy)
         dist.barrier()
         line[name] = time.perf_counter() - begun
@@ -140,29 +141,6 @@ def measure(options: argparse.Namespace) -> None:
         found = {"parameters": parameters, "bytes": int(total), "torch": torch.__version__, "rounds": rounds}
         (options.folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
-
-
-class Peak:
-    """The most of its own memory (RssAnon, GiB) that this process took inside, above what it had, sampled every 20 ms."""
-
-    def __enter__(self) -> "Peak":
-        self.before, self.gib, self.done = own(), 0.0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *rest: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.02):
-            self.gib = max(self.gib, own() - self.before)
-
-
-def own() -> float:
-    """GiB of anonymous memory of this process."""
-    return next(int(line.split()[1]) / 2**20 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
 
 
 def build(count: float, folder: Path):

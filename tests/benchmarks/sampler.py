@@ -25,6 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from own_memory import own_mib
+
 SOURCES = {"dclm": 5, "chat": 5, "nemotron": 10, "mot_math": 7, "megamath": 20, "mot_code": 3, "ocr2": 10, "refincode": 13.75, "stack": 13.75}
 SOURCES |= {"openthoughts": 7.75, "mot_science": 4.75}
 SHARD_DOCUMENTS, GLOBAL_BATCH = 1_000_000, 128
@@ -117,7 +121,7 @@ def measure(place: str, options: argparse.Namespace) -> dict[str, object]:
     if kind == "replan":
         plans = dict.fromkeys(weights, 1.0), dict.fromkeys(list(weights)[::2], 1.0), weights
         plan = History([Segment(first, each) for first, each in zip((0, middle // 3, middle), plans, strict=True)])
-    pages = anonymous()
+    pages = own_mib()
     if kind == "memory":
         tracemalloc.start()
     clock, core = time.perf_counter(), time.process_time()
@@ -130,7 +134,7 @@ def measure(place: str, options: argparse.Namespace) -> dict[str, object]:
         for index in range(first, first + options.samples // 10):
             sampler.sample(index)
         kept, peak = tracemalloc.get_traced_memory()
-        found |= {"peak": peak, "kept": kept, "pages": anonymous() - pages}
+        found |= {"peak": peak, "kept": kept, "pages": (own_mib() - pages) * 2**20}
     return found | (in_a_row(sampler, first, options.samples) if kind == "middle" else {})
 
 
@@ -157,12 +161,6 @@ def read_manifests(folder: Path) -> "dict[str, object]":
             parts.append(Shard(file.stem, len(lengths), int(lengths.sum(dtype=np.int64)), 0, 0, "", ()))
         found[source.name] = Manifest(source, source.name, "train", "", 100_000, 0, "int32", 0, tuple(parts))
     return found
-
-
-def anonymous() -> int:
-    """Bytes of this process's own pages, files apart."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) << 10
 
 
 if __name__ == "__main__":

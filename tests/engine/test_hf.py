@@ -1,6 +1,7 @@
 """Hugging Face folders: what is written loads with the safetensors library, and every kind of damage is named."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -25,6 +26,13 @@ def test_all_shards_are_read(sharded):
     assert reader.entries.keys() == wanted.keys()
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in wanted.items())
     assert reader.nbytes == sum(tensor.nbytes for tensor in wanted.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise's advice is given on Linux")
+def test_the_system_takes_the_advice_to_read_ahead(sharded):
+    reader = hf.Reader(sharded)
+    assert all(hf._read_ahead(reader.tensor(name)) for name in reader.entries)
+    assert not hf._read_ahead(torch.zeros(0))
 
 
 @pytest.mark.parametrize("limit", [10**9, 300, 1])

@@ -1,4 +1,4 @@
-"""The watchdog of a rank whose disk does not answer, or still shows the call of an earlier session."""
+"""The watchdog of a rank whose disk does not answer, or still shows the call of an earlier session, or that can tell nobody."""
 
 import subprocess
 import sys
@@ -31,3 +31,25 @@ def test_a_rank_ends_where_the_disk_does_not_answer_and_not_for_an_earlier_sessi
     assert done.returncode == 1
     assert "rank 0: no progress (a step, step 1; is at <string>:" in done.stderr, done.stderr
     assert f"{tmp_path / 'watchdog'} does not answer; it ends" in done.stderr
+
+
+NO_THREAD = """
+import sys, threading, time
+from pathlib import Path
+from megatron_prism.engine import device, parallel, watchdog
+from megatron_prism.engine.watchdog_settings import WatchdogSection
+
+def full(thread):
+    raise RuntimeError("can't start new thread")
+
+parallel.start(device.setup("cpu"))
+with watchdog.watching(Path(sys.argv[1]), WatchdogSection(timeout_minutes=0.05, long_timeout_minutes=0.05), lambda: 0):
+    watchdog.beat("a step")
+    threading.Thread.start = full
+    time.sleep(300)
+"""
+
+
+def test_a_rank_that_cannot_start_a_thread_to_tell_of_it_ends_all_the_same(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", NO_THREAD, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
