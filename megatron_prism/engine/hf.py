@@ -98,7 +98,7 @@ class Reader:
 
 
 def _read_ahead(mapped: Tensor) -> bool:
-    """Have the system fetch the rest of a mapped tensor while its first part is worked on. Advice: where it is not taken (False) nothing else changes."""
+    """Have the system fetch the rest of a mapped tensor while its first part is worked on. Advice: without it (False) nothing else changes."""
     if sys.platform != "linux" or not mapped.nbytes:
         return False
     start = mapped.data_ptr()
