@@ -46,6 +46,8 @@ SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_
 """what provenance keeps of each earlier session, when a run that was stopped, or finished, goes on"""
 ASIDE = ".damaged-"
 """in the name of a folder that was set aside: no part of the artifact, to be removed by whoever looked at it"""
+WANDB = "wandb"
+"""folder of W&B's own logs and links, in the output of a run that it is told of: no part of the artifact"""
 CARRIED = ("damaged_checkpoints",)
 """what stays in the provenance of a run that goes on"""
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
@@ -354,8 +356,9 @@ def package_versions() -> dict[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file of the artifact but its mark, temporary and set-aside ones. A link could change behind our back: artifacts hold none."""
+    """Every file of the artifact but its mark, temporary, set-aside and wandb's ones. A link could change behind our back: artifacts hold none."""
     found = sorted(path for path in folder.rglob("*") if path.relative_to(folder) != Path(COMPLETE) and not path.name.endswith(".tmp"))
+    found = [path for path in found if path.relative_to(folder).parts[0] != WANDB]
     found = [path for path in found if ASIDE not in str(path.relative_to(folder))]
     links = [path for path in found if path.is_symlink()]
     assert not links, f"an artifact holds its own files, no symbolic links: {links[:3]}"

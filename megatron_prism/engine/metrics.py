@@ -1,65 +1,44 @@
-"""What a run says about itself: `metrics.jsonl` always, TensorBoard, wandb, MLflow and Prometheus when asked, and one line for people.
+"""What a run says about itself: `metrics.jsonl` always, trackers and Prometheus when asked, and one line for people.
 
 Called on rank 0 only; the other ranks get a log that says nothing.
 """
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_prism.artifact import write_atomic
-from megatron_prism.config import Block, Positive
-from megatron_prism.engine import prometheus
+from megatron_prism.engine import prometheus, trackers
+from megatron_prism.engine.log_settings import LogConfig
 from megatron_prism.errors import UserError
 
 METRICS = "metrics.jsonl"
-ROLLED_BACK_FROM = "rolled_back_from"
-"""in the line of a step that a run went back to: the step at which it did. A number: writers that keep all that they were told show it too"""
 MOST_OF_AN_ERROR = 2000
 """characters"""
 Metrics = dict[str, Any]
 
 
-class LogConfig(Block):
-    """Where the metrics of a run go beside `metrics.jsonl`."""
-
-    interval: Positive = 10
-    """steps between two lines"""
-    tensorboard: bool = False
-    """write TensorBoard events into OUTPUT/tensorboard"""
-    wandb: str | None = None
-    """Weights & Biases project"""
-    mlflow: str | None = None
-    """MLflow experiment"""
-    prometheus: Annotated[int, Field(strict=True, ge=0, le=65535)] | None = None
-    """port of 127.0.0.1 at which a Prometheus server of this machine finds the newest figures; 0: a free one, which is told (docs/status.md)"""
-
-
 class MetricsLog:
     """One run's metrics. Lines beyond the step that a run resumes from are dropped, so that the file tells one history.
 
-    Errors: UserError for a port of `log.prometheus` that is taken.
+    Errors: UserError where the run begins, for a tracker that cannot be reached, or a port of `log.prometheus` that is taken.
     """
 
     def __init__(self, run: Path, config: LogConfig, first_step: int, total_steps: int, enabled: bool, settings: Metrics) -> None:
         self.enabled = enabled
         if not enabled:
             return
-        self.path, self.last_step = run / METRICS, first_step
+        self.path, self.last_step, self.console = run / METRICS, first_step, Console(file=sys.stderr)
+        begins = not self.path.exists()
+        self.endpoint = self._endpoint(run, config.prometheus, settings, begins)  # first: it may be refused
+        self.trackers = trackers.start(config, run, first_step, settings, begins)
         _drop_lines_after(self.path, first_step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.console = Console(file=sys.stderr)
-        self.writers = [self._prometheus(run, config.prometheus, settings)] if config.prometheus is not None else []  # first: it may be refused
-        self.writers += [make(run, name, settings) for make, name in _chosen_writers(config, first_step)]
         self.bar = _progress_bar(self.console, first_step, total_steps) if self.console.is_terminal else None
 
     def step(self, number: int, metrics: Metrics, total_steps: int) -> None:
@@ -86,7 +65,7 @@ class MetricsLog:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def take_back(self, step: int) -> None:
-        """Drop the lines beyond a step that the run goes back to: the file tells one history. Writers hear of it by a record of ROLLED_BACK_FROM."""
+        """Drop the lines beyond a step that the run goes back to: the file tells one history. Trackers hear of it by a record of ROLLED_BACK_FROM."""
         if not self.enabled:
             return
         self.file.close()
@@ -98,119 +77,38 @@ class MetricsLog:
         if not self.enabled:
             return
         error = sys.exc_info()[1]
-        if isinstance(error, Exception | KeyboardInterrupt) and not self.file.closed:
+        failed = isinstance(error, Exception | KeyboardInterrupt)
+        if failed and not self.file.closed:
             self._write({"step": self.last_step, "error": f"{type(error).__name__}: {error}"[:MOST_OF_AN_ERROR]})
         if self.bar is not None:
             self.bar.stop()
         self.file.close()
-        for write in self.writers:
-            write(None)
+        if self.endpoint is not None:
+            self.endpoint.close()
+        trackers.end(self.trackers, failed)
 
-    def _prometheus(self, run: Path, port: int, settings: Metrics) -> "Writer":
-        endpoint = prometheus.Endpoint(run, port, settings)
+    def _endpoint(self, run: Path, port: int | None, settings: Metrics, begins: bool) -> prometheus.Endpoint | None:
+        """Monitoring ends no run that has begun: on a machine where its port is taken it is another one."""
+        if port is None:
+            return None
+        try:
+            endpoint = prometheus.Endpoint(run, port, settings)
+        except UserError as error:
+            if begins:
+                raise
+            self.say(f"{error}; the run goes on with a free port")
+            endpoint = prometheus.Endpoint(run, 0, settings)
         self.say(f"figures for Prometheus: {endpoint.address}")
-
-        def write(record: Metrics | None) -> None:
-            if record is None:
-                endpoint.close()
-                return
-            endpoint.figures.take(record)
-
-        return write
+        return endpoint
 
     def _write(self, record: Metrics) -> None:
         self.last_step = record["step"]
         self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
         self.file.flush()
-        for write in self.writers:
-            write(record)
-
-
-Writer = Callable[[Metrics | None], None]
-"""Takes each record, and None at the end."""
-
-
-def _tensorboard(first_step: int, run: Path, name: str, settings: Metrics) -> Writer:
-    """Tells one history: what an earlier session, or the steps that were taken back, said of later steps is shown no more."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    def after(step: int) -> Any:
-        return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-    events = after(first_step)
-
-    def write(record: Metrics | None) -> None:
-        nonlocal events
-        if record is None or ROLLED_BACK_FROM in record:
-            events.close()
-        if record is None:
-            return
-        if ROLLED_BACK_FROM in record:
-            events = after(record["step"])
-        for key, value in _numbers(record).items():
-            events.add_scalar(key, value, record["step"])
-
-    return write
-
-
-def _wandb(run: Path, project: str, settings: Metrics) -> Writer:
-    import wandb
-
-    session = wandb.init(project=project, name=run.name, dir=str(run), config=settings, resume="allow")
-
-    def write(record: Metrics | None) -> None:
-        if record is None:
-            session.finish()
-            return
-        session.log(_numbers(record), step=record["step"])
-
-    return write
-
-
-def _mlflow(run: Path, experiment: str, settings: Metrics) -> Writer:
-    import mlflow
-
-    mlflow.set_experiment(experiment)
-    mlflow.start_run(run_name=run.name)
-    mlflow.log_dict(settings, "config.json")
-
-    def write(record: Metrics | None) -> None:
-        if record is None:
-            mlflow.end_run()
-            return
-        mlflow.log_metrics({key.replace("/", "."): value for key, value in _numbers(record).items()}, step=record["step"])
-
-    return write
-
-
-def _chosen_writers(config: LogConfig, first_step: int) -> list[tuple[Callable[[Path, str, Metrics], Writer], str]]:
-    chosen: list[tuple[Callable[[Path, str, Metrics], Writer], str]] = []
-    if config.tensorboard:
-        chosen.append((partial(_tensorboard, first_step), ""))
-    if config.wandb:
-        chosen.append((_wandb, config.wandb))
-    if config.mlflow:
-        chosen.append((_mlflow, config.mlflow))
-    return chosen
-
-
-def check_writers(config: LogConfig) -> None:
-    """Refuse a writer whose package is not installed, or whose port is taken, before any work is done. Errors: UserError."""
-    import importlib.util
-
-    for asked, package in ((config.tensorboard, "tensorboard"), (config.wandb, "wandb"), (config.mlflow, "mlflow")):
-        if asked and importlib.util.find_spec(package) is None:
-            raise UserError(f"log.{package} is set, but the package {package} is not installed; pip install {package}, or drop the key")
-    if config.prometheus is None:
-        return
-    if importlib.util.find_spec("prometheus_client") is None:
-        raise UserError("log.prometheus is set, but the package prometheus_client is not installed; pip install prometheus_client, or drop the key")
-    if os.environ.get("RANK", "0") == "0":
-        prometheus.check_port(config.prometheus)
-
-
-def _numbers(record: Metrics) -> dict[str, float]:
-    return {key: float(value) for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        if self.endpoint is not None:
+            self.endpoint.figures.take(record)
+        for tracker in self.trackers:
+            tracker.tell(record)
 
 
 def _line(step: int, total_steps: int, metrics: Metrics) -> str:

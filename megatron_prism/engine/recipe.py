@@ -20,7 +20,8 @@ from megatron_prism.config import (
 from megatron_prism.differences import differences
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.bad_steps import BadStepsSection
-from megatron_prism.engine.metrics import LogConfig, check_writers
+from megatron_prism.engine.log_settings import LogConfig, check_log
+from megatron_prism.engine.metrics import METRICS
 from megatron_prism.engine.recipe_blocks import (
     CheckpointSection,
     DataSection,
@@ -289,7 +290,7 @@ def check(cfg: TrainConfig, world_size: int) -> tuple[ModelConfig, layout.Parall
     check_continuation(cfg, config)
     plan = layout.make_plan(model, cfg.parallel, world_size, cfg.data.seq_len, cfg.global_batch, cfg.micro_batch)
     check_model(cfg, model, plan)
-    check_writers(cfg.log)
+    check_log(cfg.log, begins=not (cfg.output / METRICS).exists())
     blend = cfg.data.blend / "blend.toml" if cfg.data.blend.is_dir() else cfg.data.blend
     if not blend.is_file():
         raise UserError(f"data.blend={cfg.data.blend}: {blend} does not exist; run `prism prep`, or give a blend.toml")

@@ -16,9 +16,10 @@ from megatron_prism import artifact
 from megatron_prism.data_prep.history import recorded, without_window
 from megatron_prism.engine import bad_steps, checkpoint, memory_check, origin, run_folder
 from megatron_prism.engine.bad_steps import Memory, limit
-from megatron_prism.engine.metrics import ROLLED_BACK_FROM, read_records
+from megatron_prism.engine.metrics import read_records
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.step import DivergenceError, StepReport, forward_backward
+from megatron_prism.engine.trackers import ROLLED_BACK_FROM
 from megatron_prism.errors import FaultyMachineError, PassingDivergenceError
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from megatron_prism import artifact, families
 from megatron_prism.config import Block, Fraction, NonNegative, OptimizerConfig, ParallelConfig, Positive, PositiveFloat
 from megatron_prism.data_prep.packing import PackingOptions
 from megatron_prism.engine import recipe, run_folder
-from megatron_prism.engine.metrics import LogConfig, check_writers
+from megatron_prism.engine.log_settings import LogConfig, check_log
+from megatron_prism.engine.metrics import METRICS
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.recipe_blocks import CheckpointSection, EvaluationSection, ExportSection, ModelSection
 from megatron_prism.engine.schedule import ScheduleConfig
@@ -205,7 +206,7 @@ def check(cfg: RLConfig, world_size: int) -> tuple[ModelConfig, layout.ParallelP
     dp = max(world_size // cfg.parallel.model_ranks, 1)
     plan = layout.make_plan(model, cfg.parallel, world_size, cfg.buffer_tokens, dp * (cfg.parallel.pp if cfg.parallel.vpp else 1), 1)
     recipe.check_model(training, model, plan)
-    check_writers(cfg.log)
+    check_log(cfg.log, begins=not (cfg.output / METRICS).exists())
     check_sources(cfg.prompts)
     return model, plan
 

@@ -16,7 +16,7 @@ from prism_command import prism
 from prometheus_client.parser import text_string_to_metric_families
 from training import from_random, recipe
 
-from megatron_prism.engine.metrics import LogConfig, check_writers
+from megatron_prism.engine.log_settings import LogConfig, check_log
 from megatron_prism.engine.prometheus import Endpoint
 from megatron_prism.errors import UserError
 
@@ -144,9 +144,9 @@ def test_without_its_package_the_endpoint_is_refused(monkeypatch):
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "prometheus_client" else found(name, *rest))
-    check_writers(LogConfig())
+    check_log(LogConfig(), begins=True)
     with pytest.raises(UserError, match="pip install prometheus_client"):
-        check_writers(LogConfig(prometheus=9400))
+        check_log(LogConfig(prometheus=9400), begins=True)
 
 
 @pytest.mark.parametrize("port", [-1, 65_536, True, "127.0.0.1:9400"])

@@ -17,7 +17,8 @@ from training import from_random, recipe
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe
 from megatron_prism.engine import loop, run_folder
-from megatron_prism.engine.metrics import LogConfig, MetricsLog
+from megatron_prism.engine.log_settings import LogConfig
+from megatron_prism.engine.metrics import MetricsLog
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
 from megatron_prism.status import life, log, run, text
