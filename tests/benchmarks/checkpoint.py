@@ -1,12 +1,13 @@
-"""What a checkpoint costs a run on CPU ranks: the stall of a save, in order and in the background, and a restore, beside the disk's own rate.
+"""What a checkpoint costs a run: the stall of a save, in order and in the background, and a restore, beside the disk's own rate.
 
-    python tests/benchmarks/checkpoint.py [--parameters 0.3e9] [--ranks 2] [--rounds 3] [--folder DIR] [--waiting-only]
+    python tests/benchmarks/checkpoint.py [--parameters 0.3e9] [--ranks 2] [--rounds 3] [--folder DIR] [--waiting-only] [--device cuda] [--json FILE]
 
 bf16 weights and fp32 optimizer state, 14 bytes a weight. Each round measures, one after the other, in DIR: the disk (the same bytes, written by as
 many processes with fsync at the end, and read back after the page cache was dropped for them), a save that the run waits for, a save in the
 background (how long the run stands still, and when it is complete), the comparison with the checksums, and a load. Other work on the machine
 changes the figures from round to round: compare within a round, and seconds of a core (of all ranks together). Printed are
-medians, and every round. --waiting-only leaves the background out, whose copy takes 14 bytes a weight more of memory.
+medians, and every round. --waiting-only leaves the background out, whose copy takes 14 bytes a weight more of memory. One checkpoint lies on the
+disk at a time. --device cuda: a GPU for each rank; --json: medians and rounds as a file.
 """
 
 import argparse
@@ -36,6 +37,8 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--json", type=Path, help="a file for the figures")
     arguments.add_argument("--waiting-only", action="store_true", help="no save in the background")
     options = arguments.parse_args()
     if "RANK" in os.environ:
@@ -46,11 +49,19 @@ def main() -> None:
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        words = [f"--parameters={options.parameters}", f"--rounds={options.rounds}", f"--folder={folder}"]
+        words = [f"--parameters={options.parameters}", f"--rounds={options.rounds}", f"--folder={folder}", f"--device={options.device}"]
         words += ["--waiting-only"] if options.waiting_only else []
         run_ranks(Path(__file__), options.ranks, *words, timeout=3000)
         found = json.loads((Path(folder) / "found.json").read_text())
     show(found, options.ranks)
+    if options.json is not None:
+        options.json.write_text(json.dumps({**found, "ranks": options.ranks, "gb_per_second": rates(found)}, indent=1))
+
+
+def rates(found: dict) -> dict[str, float]:
+    """Gigabytes a second, of the medians."""
+    names = [name for name in NAMES if name in found["rounds"][0]]
+    return {name: found["bytes"] / 1e9 / statistics.median(line[name] for line in found["rounds"]) for name in names}
 
 
 def show(found: dict, ranks: int) -> None:
@@ -79,7 +90,7 @@ def measure(options: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    engine, parameters, hf = build(options.parameters, options.folder)
+    engine, parameters, hf = build(options.parameters, options.folder, options.device)
     from megatron_prism.config import OptimizerConfig
     from megatron_prism.engine import checkpoint, integrity
     from megatron_prism.engine.checkpoint import Progress
@@ -96,7 +107,7 @@ def measure(options: argparse.Namespace) -> None:
         with Peak() as peak:
             work()
         line[f"{name} memory"] = peak.mib / 1024
-        used = torch.tensor(time.process_time() - busy)
+        used = torch.tensor(time.process_time() - busy, device=engine.device)
         dist.barrier()
         line[name] = time.perf_counter() - begun
         dist.all_reduce(used)
@@ -122,6 +133,8 @@ def measure(options: argparse.Namespace) -> None:
     save(1, background=None if options.waiting_only else background)  # makes the buffer, and tells the size
     background.wait()
     share = sum(path.stat().st_size for path in folder.rglob(f"__{dist.get_rank()}_*"))
+    dist.barrier()
+    shutil.rmtree(folder / "step_00000001") if dist.get_rank() == 0 else None
     for _ in range(options.rounds):
         line.clear()
         disk(options.folder / f"disk.{dist.get_rank()}", share, timed)
@@ -135,7 +148,7 @@ def measure(options: argparse.Namespace) -> None:
         dist.barrier()
         shutil.rmtree(made, ignore_errors=True) if dist.get_rank() == 0 else None
         rounds.append(dict(line))
-    total = torch.tensor(share)
+    total = torch.tensor(share, device=engine.device)
     dist.all_reduce(total)
     if dist.get_rank() == 0:
         found = {"parameters": parameters, "bytes": int(total), "torch": torch.__version__, "rounds": rounds}
@@ -143,7 +156,7 @@ def measure(options: argparse.Namespace) -> None:
     dist.barrier()
 
 
-def build(count: float, folder: Path):
+def build(count: float, folder: Path, kind: str):
     """An engine of about so many parameters, whose optimizer has state; the number; a folder with its config."""
     import torch.distributed as dist
 
@@ -156,14 +169,14 @@ def build(count: float, folder: Path):
     from megatron_prism.planning import cost
     from megatron_prism.planning.layout import make_plan
 
-    hidden = 1024 if count < 0.6e9 else 2048
+    hidden = 256 if count < 3e7 else 1024 if count < 0.6e9 else 2048
     layers = max(1, round((count - 32000 * hidden) / (12 * hidden**2)))
     model = ModelConfig(
         family="llama", num_layers=layers, hidden_size=hidden, ffn_hidden_size=8 * hidden // 3, num_attention_heads=16, num_query_groups=16,
         kv_channels=hidden // 16, vocab_size=32000, max_position_embeddings=64, layernorm_epsilon=1e-5, rotary_base=1e4,
         share_embeddings_and_output_weights=True,
     )  # fmt: skip
-    place = device.setup("cpu")
+    place = device.setup(kind)
     parallel.start(place)
     mesh = parallel.build_mesh(make_plan(model, ParallelConfig(), dist.get_world_size(), 64, dist.get_world_size(), 1), seed=1)
     wrapped = wrap_model(build(model, mesh, BuildOptions(precision="bf16"), place), mesh, OptimizerConfig(), overlap=False)

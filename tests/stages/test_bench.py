@@ -158,6 +158,14 @@ def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path, monkeypatch):
     assert [case["name"] for case in results(cfg)["cases"]] == ["a"]
 
 
+def test_no_case_begins_when_the_minutes_are_over(tmp_path):
+    cfg = config(tmp_path, cases=[{"name": "a"}, {"name": "b"}], minutes=1e-9)
+    with pytest.raises(SystemExit, match="1"):
+        bench.run(cfg)
+    assert results(cfg)["cases"] == [] and results(cfg)["not_begun"] == ["a", "b"]
+    assert not artifact.is_complete(cfg.output)
+
+
 @pytest.mark.parametrize(
     ("resident", "peak", "steady", "fits"),
     [("auto", 45.0, 34.0, True), ("auto", 115.0, 95.0, False), (True, 115.0, 95.0, True), (False, 45.0, 34.0, False)],

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from megatron_prism import families
-from megatron_prism.config import Block, ParallelConfig, Positive, validate
+from megatron_prism.config import Block, ParallelConfig, Positive, PositiveFloat, validate
 from megatron_prism.data_prep import shards
 from megatron_prism.data_prep.blend import Blend, BlendSource, write_blend
 from megatron_prism.data_prep.manifest import BLOCK_BYTES, BlockHasher, Manifest, Shard, file_sha256, write_manifest
@@ -23,7 +23,7 @@ from megatron_prism.engine import recipe
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
-from megatron_prism.planning.layout import ParallelPlan
+from megatron_prism.planning.layout import ParallelPlan, make_plan
 
 Baseline = Literal["bare_megatron_core", "transformers", "transformers_liger"]
 SEQ_LEN = 8192
@@ -71,6 +71,8 @@ class Config(CaseConfig):
     """tables of the keys above that differ in each case; none: one case"""
     only: list[str] | None = None
     """names of the cases to measure; none: all"""
+    minutes: PositiveFloat | None = None
+    """begin no further case when so many are over; none: no limit"""
 
     @field_validator("train", "cases", mode="after")
     @classmethod
@@ -140,6 +142,17 @@ def resolve(cfg: Config, world_size: int, folder: Path) -> list[Case]:
         if len(values) > 1:
             raise UserError(f"the cases of one run share train.{key}, which a process cannot change; got {sorted(map(str, values))}: run them apart")
     return cases
+
+
+def planned(options: CaseConfig, world_size: int) -> tuple[ModelConfig, TrainConfig, ParallelPlan]:
+    """Model, training recipe and layout of a case, checked as `resolve` checks them, with nothing written. Errors: UserError."""
+    assert options.model is not None
+    config = model_config(options.model, options.vocab_size)
+    model = families.find(config).model_config(config)
+    train = _train_config(options, Path("unset"), world_size)
+    plan = make_plan(model, train.parallel, world_size, train.data.seq_len, train.global_batch, train.micro_batch)
+    recipe.check_model(train, model, plan)
+    return model, train, plan
 
 
 def _resolve(name: str, options: CaseConfig, world_size: int, folder: Path) -> Case:

@@ -110,6 +110,10 @@ class Bench:
             raise CaseError(first)
         return cast(Result, found)
 
+    def as_rank_0(self, answer: bool) -> bool:
+        """Rank 0's, on every rank: clocks differ."""
+        return self._exchange("yes" if answer else None)[0] is not None
+
     def _exchange(self, failure: str | None) -> list[str | None]:
         if self.control is None:
             return [failure]

@@ -55,6 +55,8 @@ def show(results: dict[str, Any], path: Path) -> None:
             console.print(note, markup=False)
     for text in (text for case in results["cases"] for text in failures(case)):
         console.print(f"failed: {text}", markup=False)
+    if results.get("not_begun"):
+        console.print(f"not begun, time was up: {', '.join(results['not_begun'])}", markup=False)
     console.print(f"TFLOP/s: model FLOPs, recomputation not counted; share: causal, of the matmul rate measured in the same run. All figures: {path}")
 
 
