@@ -18,8 +18,8 @@ PEAK_TFLOPS = 989.0
 """dense bf16, by NVIDIA's data sheet; of FP8 it is twice that"""
 CONVENTIONS = """\
 tokens/s/GPU: tokens of the global batch over the median step and the GPUs; a step is everything that training does. TFLOP/s/GPU: model FLOPs, LM head
-counted, recomputation not; causal: the keys that a query may see (Megatron-Bridge's convention), in brackets all keys (torchtitan's, and NeMo's before
-Megatron-Bridge). MFU: causal, of 989 TFLOP/s (dense bf16), of 1,979 in FP8. GiB: of one GPU, torch's largest allocation."""
+counted, recomputation not; causal: the keys that a query may see (Megatron-Bridge's convention), in brackets all keys (torchtitan's, and NeMo's
+before Megatron-Bridge). MFU: causal, of 989 TFLOP/s (dense bf16), of 1,979 in FP8. GiB: of one GPU, torch's largest allocation."""
 
 
 @dataclass(frozen=True)
