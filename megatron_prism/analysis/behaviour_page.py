@@ -75,8 +75,9 @@ def _lengths(results: Results, task: str) -> str:
     }
     ticks = [(edge, f"{edge:g}") for edge in edges[:: -(-len(edges) // LENGTH_TICKS)]]
     width = edges[1] - edges[0]
+    shown = f"responses, % (each point: {width:g} token{'s' * (width != 1)})"
     highest = max(point.y for points in series.values() for point in points)
-    return lines(series, Axes("tokens of a response", f"responses, % (each point: {width:g} tokens)", ticks, (0.0, 1.05 * highest)), COLOURS)
+    return lines(series, Axes("tokens of a response", shown, ticks, (0.0, 1.05 * highest)), COLOURS)
 
 
 def _split(results: Results, task: str | None) -> str:

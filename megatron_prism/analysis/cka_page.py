@@ -115,7 +115,7 @@ def _models(results: Results) -> list[list[str]]:
 
 def _sets(results: Results) -> list[list[str]]:
     keys = ("name", "inputs", "tokens", "longest", "cut", "from")
-    return [[str(found[key]) for key in keys] for found in results["sets"]]
+    return [[f"{found[key]:,}" if isinstance(found[key], int) else str(found[key]) for key in keys] for found in results["sets"]]
 
 
 def _pair(pair: Results) -> str:

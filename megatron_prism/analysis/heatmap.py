@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 CIVIDIS = ((0, 34, 78), (87, 93, 109), (165, 156, 116), (254, 232, 56))
-STEPS, STEP_WIDTH = 24, 4
+STEPS, STEP_WIDTH, SCALE_WIDTH = 24, 4, 220
 SMALLEST, LARGEST, LARGEST_WIDTH = 8, 56, 640
 FONT = 12
 CHARACTER = 7
@@ -34,9 +34,9 @@ def cells(
         return ""
     low, high = min(known), max(known)
     size = min(LARGEST, max(SMALLEST, LARGEST_WIDTH / max(len(columns), len(rows))))
-    left, top = 16 + CHARACTER * max(map(len, rows)), 24
+    left, top = 16 + CHARACTER * max(map(len, rows)), 42
     bottom = top + size * len(rows)
-    marks = [text(4, 14, f"{labels.y} (up), {labels.x} (across)", "start")]
+    marks = [text(4, 14, labels.cells, "start"), text(4, 32, f"by {labels.y} (up) and {labels.x} (across)", "start")]
     for line, row in enumerate(values):
         y = bottom - (line + 1) * size
         for place, value in enumerate(row):
@@ -49,21 +49,22 @@ def cells(
     marks += [text(left - 6, bottom - (line + 0.5) * size + 4, rows[line], "end") for line in _ticks(len(rows))]
     marks += [text(left + (place + 0.5) * size, bottom + 16, columns[place], "middle") for place in _ticks(len(columns))]
     marks.append(text(left + size * len(columns) / 2, bottom + 34, labels.x, "middle"))
-    marks += scale(left, bottom + 44, low, high, labels.cells)
-    width = max(left + size * len(columns) + 24, left + 60 + STEPS * STEP_WIDTH + CHARACTER * (len(labels.cells) + 12), CHARACTER * 60)
+    marks += scale(left, bottom + 44, low, high)
+    longest = max(len(labels.cells), len(f"by {labels.y} (up) and {labels.x} (across)"))
+    width = max(left + size * len(columns) + 24, left + SCALE_WIDTH, 8 + CHARACTER * longest)
     box = f'viewBox="0 0 {width:.0f} {bottom + 66:.0f}" width="{width:.0f}" height="{bottom + 66:.0f}"'
     described = html.escape(f"{labels.cells}, by {labels.x} and {labels.y}", quote=True)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{described}" font-family="sans-serif">{"".join(marks)}</svg>'
 
 
-def scale(left: float, y: float, low: float, high: float, label: str) -> list[str]:
-    """The colours from the lowest figure to the highest, and what they stand for."""
+def scale(left: float, y: float, low: float, high: float) -> list[str]:
+    """The colours from the lowest figure to the highest, with both."""
     start = left + 56  # each step reaches below the next one, which leaves no hairline between them when the picture is scaled
     boxes = [
         f'<rect x="{start + step * STEP_WIDTH}" y="{y}" width="{STEP_WIDTH + (step < STEPS - 1)}" height="12" fill="{colour(step, 0, STEPS - 1)}"/>'
         for step in range(STEPS)
     ]
-    return [text(start - 6, y + 10, f"{low:.3g}", "end"), *boxes, text(start + STEPS * STEP_WIDTH + 6, y + 10, f"{high:.3g}   {label}", "start")]
+    return [text(start - 6, y + 10, f"{low:.3g}", "end"), *boxes, text(start + STEPS * STEP_WIDTH + 6, y + 10, f"{high:.3g}", "start")]
 
 
 def colour(value: float, low: float, high: float) -> str:

@@ -1,7 +1,8 @@
 """The pieces that every page of an analysis is made of: one HTML file that needs nothing but itself. Owns: escaping, the frame, sections, tables."""
 
 import html
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_prism.evals.report_page import STYLE
@@ -33,9 +34,16 @@ def notes(lines: Sequence[str]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """The first cell of a row is its name; two spaces in it indent."""
-    columns = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr><th>{html.escape(cells[0]).replace('  ', '&emsp;')}</th>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells[1:])}</tr>\n"
-        for cells in rows
-    )
+    kinds = [" class=text" if words(str(cells[place]) for cells in rows) else "" for place in range(len(head))]
+    columns = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in zip(head, kinds, strict=True))
+    body = ""
+    for first, *others in rows:
+        cells = "".join(f"<td{kind}>{html.escape(str(cell))}</td>" for cell, kind in zip(others, kinds[1:], strict=True))
+        body += f"<tr><th>{html.escape(first).replace('  ', '&emsp;')}</th>{cells}</tr>\n"
     return f"<div class=scroll><table><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table></div>"
+
+
+def words(column: Iterable[str]) -> bool:
+    """Whether the cells of a column are to be read from their left, as words are: none of them is a number, and some are there."""
+    found = [cell for cell in column if cell not in ("", "-", "?")]
+    return bool(found) and not any(re.match(r"[+<>≤-]?\.?\d", cell) for cell in found)

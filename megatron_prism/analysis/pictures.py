@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_prism.analysis.figures import by_layer, select
-from megatron_prism.analysis.heatmap import colour, scale, text
+from megatron_prism.analysis.heatmap import CHARACTER, SCALE_WIDTH, colour, scale, text
 from megatron_prism.analysis.sums import PAPER_THRESHOLD, THRESHOLDS
 from megatron_prism.evals.chart import Axes, Point, lines
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a")
-CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, BOTTOM, LARGEST_WIDTH = 22, 20, 84, 8, 60, 900
+CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, BOTTOM, LARGEST_WIDTH = 22, 20, 84, 26, 60, 420
 TICKS = 12
 Rows = Sequence[Mapping[str, Any]]
 
@@ -102,7 +102,7 @@ def _map(groups: Rows, value: Any, label: str) -> str:
         return ""
     low, high, layers = min(values), max(values), _layers(groups)
     cell = min(CELL_WIDTH, LARGEST_WIDTH / len(layers))
-    marks = []
+    marks = [text(4, 14, label, "start")]
     for line, (part, cells) in enumerate(parts.items()):
         y = TOP + line * CELL_HEIGHT
         marks.append(text(LEFT - 6, y + 14, part, "end"))
@@ -113,8 +113,8 @@ def _map(groups: Rows, value: Any, label: str) -> str:
     bottom, wide = TOP + len(parts) * CELL_HEIGHT, cell * len(layers)
     marks += [text(LEFT + (layers.index(int(at)) + 0.5) * cell, bottom + 14, name, "middle") for at, name in _ticks(layers)]
     marks.append(text(LEFT + wide / 2, bottom + 30, "layer", "middle"))
-    width = LEFT + max(wide, 200 + 7 * len(label))
-    marks += scale(LEFT, bottom + 38, low, high, label)
+    width = max(LEFT + max(wide + 8, SCALE_WIDTH), 8 + CHARACTER * len(label))
+    marks += scale(LEFT, bottom + 38, low, high)
     size = f'viewBox="0 0 {width:.0f} {bottom + BOTTOM}" width="{width:.0f}" height="{bottom + BOTTOM}"'
     described = html.escape(f"{label}, by part and layer", quote=True)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{described}" font-family="sans-serif">{"".join(marks)}</svg>'

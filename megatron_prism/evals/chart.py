@@ -9,6 +9,8 @@ WIDTH, HEIGHT = 760, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 40, 32, 84
 COLOURS = ("#7c93b2", "#d98b4a", "#6aa57a", "#b46a8e", "#8b7fc7", "#b3a04a")
 LEGEND_WIDTH = 180
+DASHES = ("", "8 4", "2 4", "10 4 2 4")
+"""of one line after another, so that one that lies on another leaves it to be seen"""
 
 
 class Point(NamedTuple):
@@ -45,9 +47,11 @@ def lines(series: Mapping[str, Sequence[Point]], axes: Axes, colours: Sequence[s
     parts += [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 38, axes.x_label, "middle"), _text(8, 14, axes.y_label, "start")]
     for number, (name, line) in enumerate(series.items()):
         colour = colours[number % len(colours)]
-        parts += [_line([(place(point.x, point.y), place(point.x, point.y - point.error)[1] - place(point.x, point.y)[1]) for point in line], colour)]
+        dash = f' stroke-dasharray="{DASHES[number % len(DASHES)]}"' if number % len(DASHES) else ""
+        found = [(place(point.x, point.y), place(point.x, point.y - point.error)[1] - place(point.x, point.y)[1]) for point in line]
+        parts.append(_line(found, colour, dash))
         x, y = LEFT + number % 4 * LEGEND_WIDTH, HEIGHT - 28 + number // 4 * 16
-        parts += [f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>', _text(x + 18, y + 10, name, "start")]
+        parts += [f'<path d="M{x} {y + 6}h26" stroke="{colour}" stroke-width="3"{dash}/>', _text(x + 32, y + 10, name, "start")]
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
     label = html.escape(f"{axes.y_label} by {axes.x_label}", quote=True)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}" font-family="sans-serif">{"".join(parts)}</svg>'
@@ -59,13 +63,13 @@ def picture(svg: str) -> str:
     return f'{head}><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
-def _line(points: Sequence[tuple[tuple[float, float], float]], colour: str) -> str:
+def _line(points: Sequence[tuple[tuple[float, float], float]], colour: str, dash: str) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for (x, y), _ in points)
     marks = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/><path d="M{x:.1f} {y - error:.1f}V{y + error:.1f}" stroke="{colour}"/>'
         for (x, y), error in points
     )
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>{marks}'
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>{marks}'
 
 
 def _y_tick(value: float, y: float) -> str:

@@ -7,10 +7,11 @@ STYLE = """\
 }
 body { margin: 0 auto; max-width: 1080px; padding: 24px; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 24px; } h2 { font-size: 18px; margin-top: 36px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 6px 0 16px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 tbody th { text-align: left; font-weight: 400; } thead th { color: var(--faint); font-weight: 600; }
+thead th:first-child, th.text, td.text { text-align: left; }
 .notes { background: var(--soft); border-radius: 8px; padding: 10px 10px 10px 30px; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; } svg .task { font-weight: 600; }
 .c0 { fill: #7c93b2; } .c1 { fill: #d98b4a; } .c2 { fill: #6aa57a; } .c3 { fill: #b46a8e; } .c4 { fill: #8b7fc7; } .c5 { fill: #b3a04a; }

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_prism.analysis import heatmap
 from megatron_prism.analysis.behaviour_page import matrix
 from megatron_prism.analysis.behaviour_table import by_chance, number, with_ends
+from megatron_prism.analysis.cka_page import number as four_digits
 from megatron_prism.analysis.cka_page import with_spread
 from megatron_prism.report import chart, parts
 from megatron_prism.report.chart import Mark
@@ -45,7 +46,8 @@ def _how(results: Results) -> str:
     draws, centred = results["bootstrap"], "centred" if results["centred"] else "not centred"
     return (
         f"Linear CKA of hidden states, mean-pooled over tokens, {centred}; shaded: the lowest and the highest of {draws['draws']} draws of "
-        f"{draws['size']} inputs. Point 0 is the embedding, the last one {results['last_point']}."
+        f"{draws['size']} inputs. Point 0 is the embedding, the last one {results['last_point']}. Shuffled: at that layer, one model's inputs in "
+        "another order; it is what representations have that share nothing, and a CKA says something by its distance from it."
     )
 
 
@@ -58,10 +60,12 @@ def _alike(pair: Results) -> str:
         curves.append(Curve(each["set"], [(point["point"], point["mean"]) for point in known], len(known)))
         bands.append([(point["point"], point["low"], point["high"]) for point in known])
         least = each["min"]
-        cells = ["-", "-"] if least is None else [with_spread(least["mean"], least["std"]), str(least["point"])]
+        cells = ["-", "-", "-"]
+        if least is not None:
+            cells = [with_spread(least["mean"], least["std"]), str(least["point"]), four_digits(each["points"][least["point"]].get("shuffled"))]
         rows.append([each["set"], *cells, *([f"{printed[each['set']]:.4f}" if each["set"] in printed else "-"] if printed else [])])
     drawn = chart.lines(curves, Axis("layer (0: embedding)", whole=True), Axis("CKA"), bands=bands)
-    head = ("inputs", "least over layers", "at", *(("paper's least",) if printed else ()))
+    head = ("inputs", "least over layers", "at layer", "shuffled", *(("paper's least",) if printed else ()))
     return parts.figure(pair["label"], drawn, key=chart.legend([curve.name for curve in curves])) + parts.table(head, rows, f"CKA, {pair['label']}")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from megatron_prism.analysis.markup import notes, paragraph
+from megatron_prism.analysis.markup import notes, paragraph, words
 from megatron_prism.report import chart
 from megatron_prism.report.curves import Curve
 from megatron_prism.report.scales import Axis
@@ -41,16 +41,26 @@ def heading(text: str, anchor: str = "") -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell] | Row], label: str) -> str:
     """The first cell of a row is its name. label: what it shows, for those who hear the page."""
-    columns = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-    body = "".join(_row(row if isinstance(row, Row) else Row(row)) for row in rows)
+    named = [row if isinstance(row, Row) else Row(row) for row in rows]
+    kinds = [_kind(row.cells[place] for row in named if row.kind != "group" and place < len(row.cells)) for place in range(len(head))]
+    columns = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
+    body = "".join(_row(row, kinds) for row in named)
     inner = f"<table><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table>"
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label, quote=True)}">{inner}</div>'
 
 
-def _row(row: Row) -> str:
+def _kind(column: Iterable[str | Cell]) -> str:
+    """The class of a column's cells: words are read from their left, numbers stand under each other."""
+    cells = [cell if isinstance(cell, Cell) else Cell(cell) for cell in column]
+    return " class=text" if any(cell.wrap for cell in cells) or words(cell.text for cell in cells) else ""
+
+
+def _row(row: Row, kinds: Sequence[str]) -> str:
+    """A heading goes over all columns."""
     first, *others = (cell if isinstance(cell, Cell) else Cell(cell) for cell in row.cells)
-    cells = "".join(f"<td{' class=wrap' if cell.wrap else ''}>{_cell(cell)}</td>" for cell in others)
-    return f'<tr{f" class={row.kind}" if row.kind else ""}><th scope="row">{_cell(first)}</th>{cells}</tr>\n'
+    cells = "".join(f"<td{' class=wrap' if cell.wrap else kind}>{_cell(cell)}</td>" for cell, kind in zip(others, kinds[1:], strict=False))
+    over = f" colspan={len(kinds)}" if row.kind == "group" and not others else ""
+    return f'<tr{f" class={row.kind}" if row.kind else ""}><th scope="row"{over}>{_cell(first)}</th>{cells}</tr>\n'
 
 
 def _cell(cell: Cell) -> str:

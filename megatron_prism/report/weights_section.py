@@ -18,13 +18,25 @@ Results = Mapping[str, Any]
 def section(every: Sequence[Artifact]) -> str:
     """Every comparison of weights."""
     found = [one for one in every if one.kind == "analyze" and one.is_shown]
-    content = []
+    content = [_summary([pair for one in found for pair in one.read_json("analysis.json")["pairs"]])]
     for one in found:
         results = one.read_json("analysis.json")
         content += [_pair(pair) for pair in results["pairs"]]
         content += [_angles(results["cosines"])] if results["cosines"] else []
         content += [_series(results["series"])] if results["series"] else []
-    return parts.section("weights", "What changed in the weights", [*content, parts.notes(_notes(found))] if content else [])
+    return parts.section("weights", "What changed in the weights", [*content, parts.notes(_notes(found))] if found else [])
+
+
+def _summary(pairs: Sequence[Results]) -> str:
+    """A row an update: the whole model."""
+    if not pairs:
+        return ""
+    head = max((table.head(pair) for pair in pairs), key=len)
+    rows = []
+    for pair in pairs:
+        cells = next(iter(table.rows(pair)))
+        rows.append([pair["label"], *cells[1:], *["-"] * (len(head) - len(cells))])
+    return parts.table(["update", *head[1:]], rows, "every update, the whole model")
 
 
 def _pair(pair: Results) -> str:

@@ -4,8 +4,8 @@ from typing import Any
 
 from report_cases import make
 
-from megatron_prism.analysis import behaviour_page
-from megatron_prism.report import inside_sections
+from megatron_prism.analysis import behaviour_page, markup
+from megatron_prism.report import inside_sections, parts, weights_section
 from megatron_prism.report.runs import gather
 
 CHANGE = {"difference": 0.1, "low": 0.05, "high": 0.2, "is_difference": True}
@@ -35,7 +35,7 @@ def behaviour(tmp_path, found):
 
 def test_solved_and_lost_are_drawn_with_the_start_up_and_the_end_across_as_on_behaviours_own_page(tmp_path):
     text = behaviour(tmp_path, results())
-    assert "right samples of base (up), right samples of rl (across)" in text
+    assert "by right samples of base (up) and right samples of rl (across)" in text
     assert "right samples of rl 1/1, right samples of base 0/2: 34" in text, "34 of those that base solved in none of 2 samples"
     assert behaviour_page.matrix("base", "rl", moved()) in text
 
@@ -58,8 +58,42 @@ def test_changes_are_written_as_in_behaviours_own_table(tmp_path):
 
 
 def test_a_small_spread_of_cka_is_written_with_its_digit(tmp_path):
-    points = [{"point": 0, "mean": 1.0, "low": 1.0, "high": 1.0}, {"point": 1, "mean": 0.9998, "low": 0.9997, "high": 0.9999}]
+    points: list[dict[str, Any]] = [{"point": 0, "mean": 1.0, "low": 1.0, "high": 1.0, "shuffled": 0.3}]
+    points.append({"point": 1, "mean": 0.9998, "low": 0.9997, "high": 0.9999, "shuffled": 0.0712})
     each = {"set": "prose", "points": points, "min": {"point": 1, "mean": 0.9998, "std": 2.3e-5}}
     pair = {"label": "base to rl", "paper": None, "sets": [each]}
     content = {"bootstrap": {"draws": 20, "size": 50}, "centred": True, "last_point": "after the final norm", "pairs": [pair]}
-    assert "0.99980 ± 0.00002" in section(tmp_path, "cka", "cka", "cka.json", content)
+    text = section(tmp_path, "cka", "cka", "cka.json", content)
+    assert "<td>0.99980 ± 0.00002</td><td>1</td><td>0.0712</td>" in text, "the layer, and what shuffled inputs have there"
+
+
+def test_words_are_read_from_the_left_numbers_from_the_right_and_a_heading_goes_over_all_columns():
+    rows = [parts.Row(["base_data"], "group"), ["code", "general", "-0.5 *", "none", parts.Cell("a b", wrap=True), "-"]]
+    text = parts.table(["source", "domain", "change", "left out", "command", "paper"], rows, "sources")
+    assert '<th scope="row" colspan=6>base_data</th></tr>' in text
+    assert "<td class=text>general</td><td>-0.5 *</td><td class=text>none</td><td class=wrap>a b</td><td>-</td>" in text
+    assert [column for column in ("domain", "change", "left out", "command", "paper") if f'class=text>{column}</th>' in text] == [
+        "domain", "left out", "command"
+    ]  # fmt: skip
+    assert markup.words(["fp32 dp=2", ""]) and not markup.words(["-", ""]) and not markup.words(["base", "<1 %"]) and not markup.words([".5"])
+
+
+def update(label: str, norm: float, paper: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `prism analyze` writes of an update, the whole model and one layer's attention."""
+    shares = {str(at): 0.9 for at in (0.1, 0.5, 1, 2, 5, 10)}
+    row = {"elements": 1000, "ratio_of_norms": norm, "mean_of_matrices": norm, "identical": {"fp32": 0.5, "bf16": 0.75}, "mean_stable_rank": 3.0}
+    row |= {"unchanged": {"fp32": shares, "bf16": shares}}
+    groups = [{"kind": "total", "name": "total", "layer": None, **row}, {"kind": "layer component", "name": "attention", "layer": 0, **row}]
+    return {"label": label, "groups": groups, "paper": paper, "matrices": []}
+
+
+def test_the_updates_of_all_analyses_stand_together_first_the_papers_figure_beside_its_own(tmp_path):
+    printed = {"row": "granite", "l2": {"total": 0.175}, "changed": {}, "sparsity": 90.7, "unchanged": {}, "caveats": []}
+    folders = []
+    for name, pair in (("one", update("base to mid", 0.0123, printed)), ("two", update("mid to rl", 0.000456))):
+        content = {"pairs": [pair], "cosines": [], "series": None, "models": []}
+        folders.append(make(tmp_path / name, "analyze", files={"analysis.json": content}))
+    text = weights_section.section(gather(folders))
+    summary = text[: text.index("<h3")]
+    assert "base to mid</th><td>1 k</td><td>0.0123</td>" in summary and "<td>0.175</td><td>9.3 %</td></tr>" in summary
+    assert "mid to rl</th><td>1 k</td><td>0.000456</td>" in summary and "<td>-</td><td>-</td></tr>" in summary
