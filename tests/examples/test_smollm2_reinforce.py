@@ -1,7 +1,8 @@
-"""The RL proof's recipes and table. The whole of it, with any small model: reinforce.py --work DIR --model HF_DIR --quick (80 s of a core)."""
+"""The RL proof's recipes and table, and what it looks into. The whole, with any model: reinforce.py --work DIR --model HF_DIR --quick --inside."""
 
 import importlib.util
 import json
+import runpy
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_every_arm_stands_beside_the_start_with_its_interval(proof: ModuleType, 
         (tmp_path / name / "samples").mkdir(parents=True)
         steps = [{"step": step, "reward": step / 20, "pass_rate": step / 20, "mismatch": 0.01} for step in range(1, 21)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
-    asked = Namespace(work=tmp_path, seeds=seeds, quick=False)
+    asked = Namespace(work=tmp_path, seeds=seeds, size="full", arms=[*proof.ARMS, *proof.CONTROLS])
     proof.show(asked, proof.summary(asked))
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| rl | 2 |"))
     assert "| 37.50 (0.00 to 75.00) | +37.5 (+" in row and row.endswith("| 0.00 (0.00 to 0.00) | +0.0 (+0.0 to +0.0) | 3.25 (3.00 to 3.50) |")
@@ -91,6 +92,8 @@ def test_every_arm_stands_beside_the_start_with_its_interval(proof: ModuleType, 
     ]
     assert "rl_random_0" in (tmp_path / "curves.svg").read_text() and "mid_0" not in (tmp_path / "curves.svg").read_text()
     assert found["rl_tasks"] == ["gcd"] and 0.25 < place["low"] < 0.375 < place["high"] < 0.5
+    asked.arms = ["mid"]
+    assert list(proof.summary(asked)["arms"]) == ["start", "mid"], "arms that nobody asked for need not be there"
 
 
 def test_an_arm_waits_for_the_one_that_it_builds_on(proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +108,43 @@ def test_an_arm_waits_for_the_one_that_it_builds_on(proof: ModuleType, tmp_path:
     proof.run_all(Namespace(gpus=2, at_once=2), ["mid:0", "mid_rl:0", "mid_long:0", "rl:0"])
     before = {arm: there for arm, there, _ in began}
     assert "mid:0" in before["mid_rl:0"] and "mid_rl:0" in before["mid_long:0"] and {gpu for *_, gpu in began} <= {0, 1}
+
+
+def parsed(proof: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> Namespace:
+    monkeypatch.setattr("sys.argv", ["reinforce.py", "--work", "runs/w", *words])
+    return proof.arguments()
+
+
+@pytest.mark.parametrize("size", ["small", "quick", "full"])
+def test_what_is_looked_into_is_the_start_and_both_runs_and_every_recipe_is_whole(
+    proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    asked = parsed(
+        proof, monkeypatch, "--inside", "--seeds", "3", "--device", "cuda", *([f"--{size}"] if size != "full" else ["--arms", "mid", "mid_rl"])
+    )
+    asked.work = tmp_path
+    looked: list[tuple[Path, dict[str, Path], dict[str, object], dict[str, object]]] = []
+    monkeypatch.setattr(proof.runpy, "run_path", lambda path: {"look": lambda *given: looked.append((Path(path), *given[1:]))})
+    proof.look_inside(asked)
+    monkeypatch.undo()
+    ((file, models, drawn, greedy),) = looked
+    assert models == {"start": tmp_path / "start", "mid": tmp_path / "mid_3", "rl": tmp_path / "mid_rl_3"}
+    made = runpy.run_path(str(file))["recipes"](asked, models, drawn, greedy)
+    checked = [validate(recipe, stage.Config, stage.__name__) for stage, recipe in made]
+    assert [cfg.output.name for cfg in checked] == ["drawn", "analyze", "analyze_mid", "cka", "behaviour", "landscape", "report"]
+    weights, course, landscape, page = checked[1], checked[2], checked[5], checked[6]
+    assert (weights.series.run, weights.series.start, course.series.run) == (tmp_path / "mid_rl_3", "mid", tmp_path / "mid_3")
+    assert (landscape.grid is not None) == (size == "full") and landscape.generation.temperature == 0.0
+    assert {checked[0].generation.device, checked[3].device, landscape.generation.device} == {"cuda"}
+    assert {cfg.output for cfg in checked[1:6]} < set(page.runs) and tmp_path / "scores" / "mid_rl_3" in page.runs
+
+
+def test_the_runs_that_are_looked_into_keep_their_course_and_no_other_does(proof: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = parsed(proof, monkeypatch, "--inside", "--seeds", "0", "1")
+    assert proof.kept(asked, Path("w/mid_rl_0"), 60) == ["checkpoint.save_interval=10", "checkpoint.keep_last=none"]
+    assert proof.kept(asked, Path("w/mid_1"), 60) == proof.kept(asked, Path("w/rl_0"), 60) == []
+    assert proof.kept(parsed(proof, monkeypatch, "--seeds", "0"), Path("w/mid_rl_0"), 60) == []
+    small = parsed(proof, monkeypatch, "--small", "--inside")
+    assert (small.seeds, small.arms) == ([0], ["mid", "mid_rl"])
+    with pytest.raises(SystemExit):
+        parsed(proof, monkeypatch, "--inside", "--arms", "mid")
