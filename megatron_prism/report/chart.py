@@ -165,8 +165,8 @@ def _line(one: Curve, across: Scale, up: Scale, place: int) -> str:
 
 
 def _mark(x: float, y: float, place: int, size: float) -> str:
-    """A circle, square, triangle or diamond."""
-    shape = (place + place // COLOURS) % 4
+    """A circle, square, triangle or diamond; with its dash each of the first sixteen lines is one of a kind, whatever is seen of colours."""
+    shape = (place + place // len(DASHES)) % 4
     if shape == 0:
         return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>'
     path = {

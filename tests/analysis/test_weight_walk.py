@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,34 @@ def test_figures_are_the_same_for_any_number_of_threads_that_share_a_matrix(fold
     job = stream.Job(("a", "b", "c"), (*folders, folders[0]), ((0, 1), (0, 2)), ((0, 1),), frozenset(), None)
     one, two, five = (stream.walk(job, 1, lambda rule, batch: None, threads=threads) for threads in (1, 2, 5))
     assert one == two == five
+
+
+class Watched:
+    """A model that notes whose tensors are in memory when others are read."""
+
+    def __init__(self, parent: Any, number: int, alive: list[tuple[int, Any]], most: list[int]) -> None:
+        self.parent, self.number, self.alive, self.most = parent, number, alive, most
+
+    def tensors(self, entry: Any) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = self.parent.tensors(entry)
+        self.alive += [(self.number, weakref.ref(tensor)) for tensor in found]
+        self.most.append(len({number for number, tensor in self.alive if tensor() is not None}))
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.parent, name)
+
+
+@pytest.mark.parametrize(("angles", "held"), [((), 2), (((0, 2),), 3)])
+def test_two_models_tensors_are_in_memory_at_a_time_and_three_where_angles_are_taken(folders, angles, held):
+    pairs = ((0, 1), (1, 2), (0, 3), (2, 3))
+    walker = stream.Walker(stream.Job(("a", "b", "c", "d"), (*folders, *folders), pairs, angles, frozenset(), None))
+    alive: list[tuple[int, Any]] = []
+    most: list[int] = []
+    walker.parents = [Watched(parent, number, alive, most) for number, parent in enumerate(walker.parents)]  # type: ignore[misc]
+    for place in range(len(walker.entries)):
+        walker.batch(place)
+    assert max(most) == held and len(most) >= 4 * len(walker.entries)
 
 
 PARENT = """

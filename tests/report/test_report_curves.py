@@ -1,8 +1,10 @@
 import math
 import random
+import re
 
 import pytest
 
+from megatron_prism.report import chart
 from megatron_prism.report.curves import curve, of_lines, thin
 from megatron_prism.report.scales import Axis, number, scale
 
@@ -63,6 +65,17 @@ def test_ticks_are_round_and_within_the_axis():
     assert [label for _, label in scale(Axis("rate", log=True), [1e-6, 1e-3], 0, 100).ticks()] == ["1e-6", "1e-5", "1e-4", "0.001"]
     assert [label for _, label in scale(Axis("layer", whole=True), [0, 1, 2], 0, 100).ticks()] == ["0", "1", "2"]
     assert [label for _, label in scale(Axis("norm", log=True), [0.2, 0.49], 0, 100).ticks()] == ["0.2", "0.3", "0.4", "0.5"]
+
+
+def test_lines_are_told_apart_without_their_colour():
+    """Each of sixteen has a dash and a mark that no other has together; the legend shows both."""
+    text = chart.legend([f"run {number}" for number in range(16)])
+    swatches = re.findall(r"<svg .*?</svg>", text)
+    seen = {
+        (re.search(r'stroke-dasharray="[^"]*"|$', one)[0], re.search(r'<(circle|path) class="mark"(?: d="M[\d.]+ [\d.]+([a-zA-Z]))?', one).groups())
+        for one in swatches
+    }
+    assert len(swatches) == len(seen) == 16
 
 
 def test_a_logarithm_of_zero_is_not_drawn():

@@ -198,6 +198,8 @@ def test_what_cannot_be_compared_is_refused_before_any_work(models, tmp_path):
     assert "different tokenizers" in refusal(out, first, relabelled) and "stand for different tokens" in refusal(out, first, relabelled)
     lacking = changed(first, tmp_path / "lacking", lambda tensors: tensors.pop(CHANGED))
     assert f"lacks {CHANGED}" in refusal(out, first, lacking)
+    layer = changed(first, tmp_path / "layer", lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("model.layers.3.")])
+    assert "lacks model.layers.3." in refusal(out, first, layer)
     assert "is no folder" in refusal(out, first, tmp_path / "nowhere")
     assert "holds no complete checkpoint" in refusal(out, first, series={"run": str(first)})
     assert "is no row of the paper's T12; rows are granite-3.3-8b/mcs/base-mt" in refusal(

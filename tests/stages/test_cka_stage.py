@@ -233,6 +233,9 @@ def test_what_cannot_be_compared_is_refused(models, tmp_path):
         models, out, first, second, sets=questions
     )
     assert "made to fill a model's context" in refusal(models, out, first, second, sets=[{"name": "r", "tasks": ["niah_single_1"]}])
+    layer = changed(first, tmp_path / "layer", lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("model.layers.3.")])
+    assert "lacks model.layers.3." in refusal(models, out, first, layer)
+    shutil.rmtree(out)
     paper = [{"start": "m0", "end": "m1", "paper": "granite-3.3-8b"}]
     assert "of sets wikitext, c4, gsm8k, and sets are text" in refusal(models, out, first, second, pairs=paper)
     assert "must divide the 1 ranks of this launch; start 2 ranks" in refusal(models, out, first, second, parallel={"tp": 2})
@@ -275,6 +278,12 @@ def test_states_that_are_no_numbers_are_refused_by_layer_and_weight(models, tmp_
 def test_recipes_that_make_no_sense_are_refused(tmp_path, values, message):
     with pytest.raises(UserError, match=message):
         config(tmp_path, tmp_path / "out", Path("x"), Path("y"), **values)
+
+
+def test_what_is_not_said_is_the_papers_way_but_for_the_centring_that_it_does_not_print():
+    listed = [{"name": name, "path": name} for name in ("a", "b")]
+    cfg = validate({"output": "o", "models": listed, "sets": [{"name": "prose", "builtin": "prose"}]}, cka.Config, "test")
+    assert (cfg.inputs, cfg.bootstrap.draws, cfg.bootstrap.size, cfg.centred) == (200, 20, 100, True)
 
 
 def test_built_in_sets_need_neither_files_nor_network(models, tmp_path):
