@@ -30,7 +30,7 @@ class Size(NamedTuple):
     """of the landscape; an empty one is the paper's 5 x 5"""
 
 
-SIZES = {"full": Size(200, 512, 5, {}), "small": Size(80, 128, 3, None), "quick": Size(8, 32, 2, None)}
+SIZES = {"full": Size(200, 512, 5, {}), "small": Size(40, 128, 3, None), "quick": Size(8, 32, 2, None)}
 Recipe = dict[str, Any]
 
 

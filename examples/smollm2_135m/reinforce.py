@@ -74,7 +74,7 @@ KEPT_CHECKPOINTS = 6
 QUICK_MID = ["precision=fp32", "steps=2", "global_batch=2", "micro_batch=2", "schedule.warmup_steps=1", "data.seq_len=64"]
 QUICK_RL = ["precision=fp32", "generation.dtype=float32", "steps=2", "prompts.prompts_per_step=2", "rollout.responses_per_prompt=2"]
 SMALL_MID = ["precision=fp32", "steps=40", "global_batch=4", "micro_batch=4", "schedule.warmup_steps=4", "data.seq_len=256"]
-SMALL_RL = ["precision=fp32", "generation.dtype=float32", "steps=10", "prompts.prompts_per_step=6", "rollout.responses_per_prompt=8"]
+SMALL_RL = ["precision=fp32", "generation.dtype=float32", "steps=6", "prompts.prompts_per_step=4", "rollout.responses_per_prompt=8"]
 
 
 class Size(NamedTuple):
@@ -91,7 +91,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "full": Size([], [], texts=4000, prompts=2000, seq_len=512, max_tokens=65_536, drawn=16),
-    "small": Size(SMALL_MID, [*SMALL_RL, "pack_length=1024", "generation.batch_size=48"], 1000, 200, seq_len=256, max_tokens=8_000, drawn=4),
+    "small": Size(SMALL_MID, [*SMALL_RL, "pack_length=1024", "generation.batch_size=32"], 1000, 200, seq_len=256, max_tokens=2_000, drawn=4),
     "quick": Size(QUICK_MID, [*QUICK_RL, "pack_length=512", "checkpoint.save_interval=1", "schedule.warmup_steps=1"], 200, 20, 64, 2_000, 2),
 }
 FEW_QUESTIONS = {"small": 12, "quick": 4}
@@ -116,7 +116,7 @@ def main() -> None:
 
 def look_inside(asked: argparse.Namespace) -> None:
     """Into what mid and mid_rl of the first seed changed."""
-    folder, seed, tasks = asked.work / "inside", asked.seeds[0], list(TRAINED)
+    folder, seed, tasks = asked.work / "inside", asked.seeds[0], solvable(asked)
     models = {"start": asked.work / "start", "mid": asked.work / f"mid_{seed}", "rl": asked.work / f"mid_rl_{seed}"}
     drawn = scoring(asked, folder / "drawn", models, tasks, n=SIZES[asked.size].drawn)
     runpy.run_path(str(HERE / "inside.py"))["look"](asked, models, drawn, scores_of(asked, folder / "greedy", models, tasks))
@@ -286,7 +286,7 @@ def trained_tokens(run: Path) -> int:
 
 def scored(asked: argparse.Namespace, name: str, model: Path) -> None:
     """One model on questions and prose."""
-    run_once(evaluate, scores_of(asked, asked.work / "scores" / name, {name: model}, [*TRAINED, *HELD_OUT]))
+    run_once(evaluate, scores_of(asked, asked.work / "scores" / name, {name: model}, [*TRAINED, *(HELD_OUT if asked.size != "small" else [])]))
 
 
 def scores_of(asked: argparse.Namespace, output: Path, models: dict[str, Path], tasks: list[str]) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def summary(asked: argparse.Namespace) -> dict[str, Any]:
     groups = {
         "trained by RL": taken,
         "not solvable at the start": [name for name in TRAINED if name not in taken],
-        "held-out generators": [*HELD_OUT],
+        "held-out generators": [*HELD_OUT] if asked.size != "small" else [],
     }
     arms = ["start", *(arm for arm in (*ARMS, *CONTROLS) if arm in asked.arms)]
     names = {arm: [f"{arm}_{seed}" for seed in (asked.seeds if arm in ARMS else asked.seeds[:1])] for arm in arms}

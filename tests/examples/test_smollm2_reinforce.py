@@ -125,6 +125,7 @@ def test_what_is_looked_into_is_the_start_and_both_runs_and_every_recipe_is_whol
     asked.work = tmp_path
     looked: list[tuple[Path, dict[str, Path], dict[str, object], dict[str, object]]] = []
     monkeypatch.setattr(proof.runpy, "run_path", lambda path: {"look": lambda *given: looked.append((Path(path), *given[1:]))})
+    monkeypatch.setattr(proof, "solvable", lambda asked: ["gcd"])
     proof.look_inside(asked)
     monkeypatch.undo()
     ((file, models, drawn, greedy),) = looked
