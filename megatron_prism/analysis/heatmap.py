@@ -8,8 +8,8 @@ CIVIDIS = ((0, 34, 78), (87, 93, 109), (165, 156, 116), (254, 232, 56))
 STEPS, STEP_WIDTH, SCALE_WIDTH = 24, 4, 220
 SMALLEST, LARGEST, LARGEST_WIDTH = 8, 56, 640
 FONT = 12
-CHARACTER = 7
-"""width of a letter, about"""
+CHARACTER, LARGE = 7, 8.5
+"""width of a letter, about; where a narrow screen has larger ones"""
 TICKS = 12
 
 
@@ -51,7 +51,7 @@ def cells(
     marks.append(text(left + size * len(columns) / 2, bottom + 34, labels.x, "middle"))
     marks += scale(left, bottom + 44, low, high)
     longest = max(len(labels.cells), len(f"by {labels.y} (up) and {labels.x} (across)"))
-    width = max(left + size * len(columns) + 24, left + SCALE_WIDTH, 8 + CHARACTER * longest)
+    width = max(left + size * len(columns) + 24, left + SCALE_WIDTH, 8 + LARGE * longest)
     box = f'viewBox="0 0 {width:.0f} {bottom + 66:.0f}" width="{width:.0f}" height="{bottom + 66:.0f}"'
     described = html.escape(f"{labels.cells}, by {labels.x} and {labels.y}", quote=True)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{described}" font-family="sans-serif">{"".join(marks)}</svg>'

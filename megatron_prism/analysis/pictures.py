@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_prism.analysis.figures import by_layer, select
-from megatron_prism.analysis.heatmap import CHARACTER, SCALE_WIDTH, colour, scale, text
+from megatron_prism.analysis.heatmap import LARGE, SCALE_WIDTH, colour, scale, text
 from megatron_prism.analysis.sums import PAPER_THRESHOLD, THRESHOLDS
 from megatron_prism.evals.chart import Axes, Point, lines
 
@@ -113,7 +113,7 @@ def _map(groups: Rows, value: Any, label: str) -> str:
     bottom, wide = TOP + len(parts) * CELL_HEIGHT, cell * len(layers)
     marks += [text(LEFT + (layers.index(int(at)) + 0.5) * cell, bottom + 14, name, "middle") for at, name in _ticks(layers)]
     marks.append(text(LEFT + wide / 2, bottom + 30, "layer", "middle"))
-    width = max(LEFT + max(wide + 8, SCALE_WIDTH), 8 + CHARACTER * len(label))
+    width = max(LEFT + max(wide + 8, SCALE_WIDTH), 8 + LARGE * len(label))
     marks += scale(LEFT, bottom + 38, low, high)
     size = f'viewBox="0 0 {width:.0f} {bottom + BOTTOM}" width="{width:.0f}" height="{bottom + BOTTOM}"'
     described = html.escape(f"{label}, by part and layer", quote=True)
