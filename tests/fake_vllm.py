@@ -1,10 +1,10 @@
 """Stands in for the Python of an environment with vLLM, in seconds: answers on the socket as vLLM's server does, with children as it has.
 
-Environment variables say how it behaves. FAKE_DIES_AT: numbers of requests, counted in the file FAKE_COUNTER, at which it sends itself FAKE_SIGNAL;
-FAKE_LOG: written, and the start fails; FAKE_PIDS: receives the pids of the server and of a child in a session of its own; FAKE_ANSWER="text": no
-token ids; FAKE_SECONDS: how long an answer takes; FAKE_CALLS: a file of what was asked besides completions; FAKE_KEEPS_CACHE: how often it refuses to
-drop its cache. Tokens: the prompt's last + 1, + 2, ... + weight, modulo 250, where its one weight is the last byte of the folder's model.safetensors,
-or 0; the log-probability of token t is -t, of a prompt's too.
+Environment variables say how it behaves. FAKE_DIES_AT: numbers of requests, counted in the file FAKE_COUNTER, at which it sends itself FAKE_SIGNAL
+(ENGINE: it stays healthy and writes no more); FAKE_LOG: written, and the start fails; FAKE_PIDS: receives the pids of the server and of a child in a
+session of its own; FAKE_ANSWER="text": no token ids; FAKE_SECONDS: how long an answer takes; FAKE_CALLS: a file of what was asked besides
+completions; FAKE_KEEPS_CACHE: how often it refuses to drop its cache. Tokens: the prompt's last + 1, + 2, ... + weight, modulo 250, where its one
+weight is the last byte of the folder's model.safetensors, or 0; the log-probability of token t is -t, of a prompt's too.
 """
 
 import http.server
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 LOCK = threading.Lock()
-STATE = {"weight": 0, "refusals": int(os.environ.get("FAKE_KEEPS_CACHE", "0"))}
+STATE = {"weight": 0, "refusals": int(os.environ.get("FAKE_KEEPS_CACHE", "0")), "written": 0, "engine": 1}
 
 
 def weight(folder: str) -> int:
@@ -32,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One request a connection."""
 
     def do_GET(self) -> None:
-        self.answer({})
+        self.answer({} if self.path == "/health" else f'vllm:generation_tokens_total{{engine="0"}} {STATE["written"]}.0\n')
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -45,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer({"success": STATE["refusals"] < 0})
             return
         self.count()
-        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+        self.write(float(os.environ.get("FAKE_SECONDS", "0")))
         tokens = [(body["prompt"][-1] + place + STATE["weight"]) % 250 for place in range(1, body["max_tokens"] + 1)]
         choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-float(token) for token in tokens]}}
         if os.environ.get("FAKE_ANSWER") == "text":
@@ -53,6 +53,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "prompt_logprobs" in body:
             choice["prompt_logprobs"] = [None, *({str(token): {"logprob": -float(token), "rank": 1}} for token in body["prompt"][1:])]
         self.answer({"choices": [choice]})
+
+    def write(self, seconds: float) -> None:
+        """Takes so long, a token now and then; for ever, without one, where the engine hangs."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end or not STATE["engine"]:
+            time.sleep(0.05)
+            STATE["written"] += STATE["engine"]
 
     def count(self) -> None:
         """Dies at the numbers asked for."""
@@ -64,10 +71,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 counter.flush()
                 number = counter.tell()
             if number in map(int, os.environ["FAKE_DIES_AT"].split(",")):
-                os.kill(os.getpid(), getattr(signal, os.environ.get("FAKE_SIGNAL", "SIGKILL")))
+                if os.environ.get("FAKE_SIGNAL") == "ENGINE":
+                    STATE["engine"] = 0
+                else:
+                    os.kill(os.getpid(), getattr(signal, os.environ.get("FAKE_SIGNAL", "SIGKILL")))
 
-    def answer(self, content: dict[str, object]) -> None:
-        data = json.dumps(content).encode()
+    def answer(self, content: dict[str, object] | str) -> None:
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

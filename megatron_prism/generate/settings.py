@@ -35,6 +35,8 @@ class BackendConfig(Block):
     """vllm: share of each GPU's memory that weights and cache may fill"""
     start_timeout_seconds: Positive = 1800
     """vllm: a server that does not answer by then is given up"""
+    stall_seconds: Positive = 600
+    """vllm: a server with work that answers nothing and whose engine writes no token for so long is started again"""
     max_restarts: NonNegative = 3
     """vllm: how often a server that died is started again before the run gives up"""
     log: Path | None = None

@@ -36,6 +36,8 @@ OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV", "MASTER_ADD
 could not compile: the CPU layer of a trainer in this process turns torch.compile off"""
 NEWS_SECONDS = 30.0
 """A start says so often how far it is."""
+TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+"""of vLLM's figures for Prometheus"""
 HEALTH_SECONDS = 60.0
 """A server that has answered nothing for this long is asked for its health, and has as long to answer."""
 logger = logging.getLogger(__name__)
@@ -61,11 +63,13 @@ class Server:
         self.log = log_folder / f"vllm-{label}.log"
         self.starts, self.failed, self.closing = 0, False, False
         self.process: subprocess.Popen[bytes] | None = None
+        self._still: tuple[list[str], float] | None = None
+        """the engine's counts of tokens, and since when they stand still, while nothing is answered"""
         self._restarting, self._sockets = threading.Lock(), set[socket.socket]()  # the lock: of who starts or ends the process beside other threads
 
     def start(self) -> None:
         """Start the process; `wait_ready` waits for it."""
-        self.starts += 1
+        self.starts, self._still = self.starts + 1, None
         self.socket = self.home / f"{self.starts}.sock"
         command = [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), str(self.python), *self._arguments()]
         self._say(f"starting; its log: {self.log}")
@@ -163,6 +167,7 @@ class Server:
             raise LostError(f"status {status}: {content[:500].decode(errors='replace')}")
         if status != 200:
             raise UserError(f"vllm refused a request (status {status}): {content[:2000].decode(errors='replace')}")
+        self._still = None
         found: dict[str, Any] = json.loads(content) if content else {}
         return found
 
@@ -215,14 +220,32 @@ class Server:
             connection.close()
 
     def check(self) -> None:
-        """Hang up where the server does not answer any more (who waits then starts it again); called when no request has been answered for long."""
+        """Hang up where the server does not answer any more, or its engine has written no token for `stall_seconds` (who waits then starts it again);
+        called when no request has been answered for long."""
         if self._restarting.acquire(blocking=False):
             try:
                 if not self.is_healthy(HEALTH_SECONDS):
                     logger.warning("vllm server %s has not answered for %.0f s", self.label, HEALTH_SECONDS)
                     self.abandon()
+                elif self._is_stalled():
+                    logger.warning("vllm server %s answers, but its engine has written nothing for %d s", self.label, self.config.stall_seconds)
+                    self.abandon()
             finally:
                 self._restarting.release()
+
+    def _is_stalled(self) -> bool:
+        """The server is healthy so long as its engine's process is there: whether that works is seen by the tokens that it has read and written."""
+        try:
+            status, text = self._send("GET", "/metrics", None, HEALTH_SECONDS)
+        except (OSError, http.client.HTTPException):
+            return False  # the next look asks for its health
+        counts = [line for line in text.decode(errors="replace").splitlines() if line.startswith(TOKEN_COUNTERS)]
+        if status != 200 or not counts:  # --disable-log-stats
+            return False
+        now = time.monotonic()
+        if self._still is None or self._still[0] != counts:
+            self._still = counts, now
+        return now - self._still[1] >= self.config.stall_seconds
 
     @contextmanager
     def watched(self) -> Iterator[None]:

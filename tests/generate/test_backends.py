@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_prism import generate
 from megatron_prism.errors import UserError
-from megatron_prism.generate import Completion, Generator, Request, Sampling
+from megatron_prism.generate import Completion, Generator, Request, Sampling, vllm_server
 from megatron_prism.generate.interface import cut_at_stop
 from megatron_prism.generate.transformers_backend import TransformersGenerator
 from megatron_prism.generate.vllm_backend import VllmGenerator
@@ -32,7 +32,7 @@ CLOSE = 1e-3
 """of a log-probability between two implementations in float32"""
 SETTINGS: dict[str, dict[str, Any]] = {
     "transformers": {},
-    "vllm": {"server_flags": {"enforce-eager": True}, "start_timeout_seconds": 900},
+    "vllm": {"server_flags": {"enforce-eager": True}, "start_timeout_seconds": 900, "stall_seconds": 10},
 }
 needs_vllm = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with vLLM")]
 both = [pytest.param("transformers"), pytest.param("vllm", marks=needs_vllm)]
@@ -161,29 +161,30 @@ def test_new_weights_replace_the_old_ones_strictly(generator: Generator, folders
     assert [row[0] for row in tokens(generator.generate(PROMPTS, sampling))] == greedy_of_transformers(folders[0], 16)
 
 
-def test_a_vllm_server_killed_at_work_gives_the_same_results(generator: Generator) -> None:
-    """kill -9 of the server while requests are under way, and once more of its engine alone."""
+def test_a_vllm_server_killed_at_work_gives_the_same_results(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 of the server while requests are under way, once more of its engine alone; then the engine is stopped behind a healthy server."""
+    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 5.0)
     if not isinstance(generator, VllmGenerator):
         pytest.skip("no server")
     asked, sampling = [Request((5, 6, place + 7), place) for place in range(60)], Sampling(temperature=1.0, max_new_tokens=100)
     expected, found = (dict[int, tuple[int, ...]]() for _ in range(2))
     generator.generate_requests(asked, sampling, lambda request, done: expected.update({request.place: done.tokens}))
-    for victim in ("api_server", "EngineCore"):
+    for victim, sent in (("api_server", signal.SIGKILL), ("EngineCore", signal.SIGKILL), ("EngineCore", signal.SIGSTOP)):
         (server,) = generator.servers
         assert server.process is not None
         below = psutil.Process(server.process.pid).children(recursive=True)
         chosen = next(each for each in below if victim in " ".join(each.cmdline()) or victim in each.name())
         starts, threads = server.starts, []
 
-        def keep(request: Request, done: Completion, threads: list[threading.Thread] = threads, pid: int = chosen.pid) -> None:
+        def keep(request: Request, done: Completion, threads: list[threading.Thread] = threads, pid: int = chosen.pid, sent: int = sent) -> None:
             found[request.place] = done.tokens
             if not threads:
-                threads.append(threading.Thread(target=os.kill, args=(pid, signal.SIGKILL)))
+                threads.append(threading.Thread(target=os.kill, args=(pid, sent)))
                 threads[0].start()
 
         found.clear()
         began = time.monotonic()
         generator.generate_requests(asked, sampling, keep)
-        print(f"{victim} killed: {time.monotonic() - began:.0f} s")
+        print(f"{victim} {sent.name}: {time.monotonic() - began:.0f} s")
         assert server.starts == starts + 1
         assert found == expected

@@ -86,6 +86,23 @@ def test_a_server_that_hangs_is_noticed_and_started_again(folder: Path, tmp_path
         assert generator.servers[0].starts == 2
 
 
+def test_an_engine_that_hangs_behind_a_healthy_server_is_noticed_and_slow_work_is_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 2.0)
+    monkeypatch.setenv("FAKE_SECONDS", "5")  # longer than stall_seconds, and two looks; but tokens are written
+    with open_fake(folder, stall_seconds=1, batch_size=64) as generator:
+        assert complete(generator) == expected()
+        assert generator.servers[0].starts == 1
+    monkeypatch.setenv("FAKE_SECONDS", "0")
+    monkeypatch.setenv("FAKE_COUNTER", str(tmp_path / "count"))
+    monkeypatch.setenv("FAKE_DIES_AT", "9")
+    monkeypatch.setenv("FAKE_SIGNAL", "ENGINE")
+    with open_fake(folder, stall_seconds=1) as generator:
+        assert complete(generator) == expected()
+        assert generator.servers[0].starts == 2
+
+
 def test_reloading_asks_every_server_and_a_new_start_reads_the_new_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     other = tmp_path / "other"
