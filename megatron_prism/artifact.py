@@ -167,8 +167,7 @@ def require(folder: Path, kind: str | None = None, accepted: str | None = None) 
     if kind is not None and provenance["kind"] != kind:
         raise UserError(f"{folder} is {_in_words(provenance['kind'])}, but {accepted or _in_words(kind)} is needed here")
     for name, size in record["files"].items():
-        path = inside(folder, name, COMPLETE)
-        found = path.stat().st_size if path.is_file() else None
+        found = checksums.size_of(inside(folder, name, COMPLETE))
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise UserError(f"{folder / name} {state}, {COMPLETE} says {size} bytes: {CHANGED}")
@@ -218,8 +217,8 @@ def verify(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder carries its COMPLETE mark."""
-    return (folder / COMPLETE).is_file()
+    """Whether the folder carries its COMPLETE mark. Errors: MachineError where the file system does not say."""
+    return checksums.size_of(folder / COMPLETE) is not None
 
 
 def digest(folder: Path) -> str:
@@ -388,14 +387,24 @@ def _few(texts: list[str], shown: int = 4) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    content = _content(path)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(content))
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): {CHANGED}") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    content = _content(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return tomllib.loads(content.decode())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): {CHANGED}") from None
+
+
+def _content(path: Path) -> bytes:
+    """Errors: MachineError where the file system refuses it, which no advice to remove a folder may follow; UserError where it is not there."""
+    try:
+        return checksums.reading(path, path.read_bytes)
+    except checksums.MISSING as error:
         raise UserError(f"{path} cannot be read ({error}): {CHANGED}") from None

@@ -4,20 +4,24 @@
 
 Each block of 16 MiB has its own, so that who reads a part of a file compares just the blocks that the part lies in, and several ranks can share a
 large file. xxh3 finds damage, not tampering: whoever can change a file can change the table. No torch here; called on any rank.
-Refuses: a table that cannot be read, or is of a newer schema.
+A file that is missing, cut short or other than written is damaged; one that the file system will not give out at present (EIO, a stale handle) is not
+known to be: it is asked once more after a moment, and then the error is the machine's. Refuses: a table that is none, or is of a newer schema.
 """
 
+import errno
 import json
 import os
-from collections.abc import Iterable
+import stat
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import xxhash
 
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 
 TABLE = "checksums.json"
 SCHEMA_VERSION = 1
@@ -25,10 +29,45 @@ ALGORITHM = "xxh3_128"
 BLOCK_BYTES = 1 << 24
 THREADS = 4
 """that read and hash at a time: one reads while another's data is on its way; xxh3 lets go of the interpreter"""
+RETRY_SECONDS = 2.0
+"""after which a read that the file system refused is tried once more"""
+MISSING = (FileNotFoundError, NotADirectoryError)
+"""errors that say that a file is not there; all others say that nobody knows"""
+Found = TypeVar("Found")
 
 
 class DamagedError(UserError):
     """A file is not what was written."""
+
+
+def reading(path: Path, read: Callable[[], Found]) -> Found:
+    """What `read` finds in a file. Errors: MISSING as they are; MachineError where the file system refuses it twice: no file is damaged for that."""
+    try:
+        return read()
+    except MISSING:
+        raise
+    except OSError:
+        time.sleep(RETRY_SECONDS)  # a server that comes back, a handle that is looked up anew
+    try:
+        return read()
+    except MISSING:
+        raise
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "no number")
+        raise MachineError(
+            f"{path} could not be read, nor {RETRY_SECONDS:g} s later: {error.strerror or error} ({name}). That does not say that it is damaged, and "
+            "nothing was changed for it. Start the same command again; if it stays so, have the disk or its server mended, or bring the file back "
+            "from a copy"
+        ) from None
+
+
+def size_of(path: Path) -> int | None:
+    """The size of a file in bytes; None where there is none. Errors: MachineError where nobody knows."""
+    try:
+        found = reading(path, path.stat)
+    except MISSING:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 @dataclass(frozen=True)
@@ -105,21 +144,25 @@ def of_bytes(data: bytes) -> Checksum:
 
 
 def damage(path: Path, expected: Checksum, blocks: Iterable[int] | None = None) -> str | None:
-    """What is wrong with a file: expected and found; None where nothing is. blocks: those to look at; None: all."""
+    """What is wrong with a file: expected and found; None where nothing is. blocks: those to look at; None: all. Errors: as `reading`'s."""
+    chosen = list(range(len(expected.blocks)) if blocks is None else blocks)
+    size = size_of(path)
     try:
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            return f"{path} is missing; {expected.bytes} bytes were written"
-        if size != expected.bytes:
-            return f"{path} has {size} bytes; {expected.bytes} were written"
-        with path.open("rb", buffering=0) as file:
-            for index in range(len(expected.blocks)) if blocks is None else blocks:
-                found = _block(file, index, expected.bytes)
-                if found != expected.blocks[index]:
-                    place = f"bytes {index * BLOCK_BYTES} to {min((index + 1) * BLOCK_BYTES, size) - 1}"
-                    return f"{path} is not what was written: {place} have checksum {found}; expected {expected.blocks[index]} ({ALGORITHM})"
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror or error}); {expected.bytes} bytes were written"
+        wrong = None if size != expected.bytes else reading(path, lambda: _wrong_block(path, expected, chosen))
+    except MISSING:  # since a moment ago
+        size = None
+    if size is None:
+        return f"{path} is missing; {expected.bytes} bytes were written"
+    return f"{path} has {size} bytes; {expected.bytes} were written" if size != expected.bytes else wrong
+
+
+def _wrong_block(path: Path, expected: Checksum, blocks: list[int]) -> str | None:
+    with path.open("rb", buffering=0) as file:
+        for index in blocks:
+            found = _block(file, index, expected.bytes)
+            if found != expected.blocks[index]:
+                place = f"bytes {index * BLOCK_BYTES} to {min((index + 1) * BLOCK_BYTES, expected.bytes) - 1}"
+                return f"{path} is not what was written: {place} have checksum {found}; expected {expected.blocks[index]} ({ALGORITHM})"
     return None
 
 
@@ -172,16 +215,17 @@ def from_record(record: Any, where: Path) -> dict[str, Checksum]:
 
 
 def read_table(folder: Path) -> dict[str, Checksum] | None:
-    """The checksums of a folder's files; None where it has no table. Errors: UserError for one that cannot be read."""
+    """The checksums of a folder's files; None where it has no table. Errors: UserError for one that is none; MachineError as `reading`."""
     path = folder / TABLE
     try:
-        return from_record(json.loads(path.read_text(encoding="utf-8")), path)
-    except FileNotFoundError:
+        content = reading(path, path.read_bytes)
+    except MISSING:
         return None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    try:
+        table = json.loads(content)
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): it is damaged") from None
+    return from_record(table, path)
 
 
 # --- of an artifact: tables beside its files, and one in its mark for all others -----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 A damaged checkpoint ends the run with the file, what was expected and what was found, and names the newest one before it that is whole; or, where the
 recipe says so, the run goes on from that one, and the damaged folder stays beside it under a name that nobody reads. Called on every rank.
+A file that cannot be read at present is no damage: it ends the run with the machine's error, and no folder is set aside for it.
 Owns: that choice. Refuses: a run of which no complete checkpoint is whole (it would begin anew in silence).
 """
 
@@ -16,7 +17,7 @@ from megatron_prism import artifact, checksums
 from megatron_prism.checksums import Checksum, DamagedError
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.ranks import on_all, on_main
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
 OnCorrupt = Literal["refuse", "previous"]
@@ -46,7 +47,7 @@ def choose(run: Path, stage: str, on_corrupt: OnCorrupt) -> Path | None:
     previous: those that are damaged are set aside, and the newest whole one before them is taken. Errors: UserError where it is damaged and that is
     not asked for, or none is whole.
     """
-    newest, mine = on_main(lambda: (run_folder.newest(run), _is_of(run, stage)))
+    newest, mine = on_main(lambda: (run_folder.newest(run), run_folder.is_of(run, stage)))
     if newest is None or not mine:
         return newest
     finished = on_main(lambda: artifact.is_complete(run))
@@ -71,11 +72,6 @@ def choose(run: Path, stage: str, on_corrupt: OnCorrupt) -> Path | None:
         )
     on_main(lambda: _set_aside(run, before, wrong))
     return before
-
-
-def _is_of(run: Path, stage: str) -> bool:
-    """Whether the folder is a run of this stage; what else may lie there is looked at, and refused, by `artifact.begin`."""
-    return (run / artifact.PROVENANCE).is_file() and artifact.provenance(run)["kind"] == stage
 
 
 def _newest_whole(damaged: Path) -> Path | None:
@@ -108,6 +104,8 @@ def _expected(checkpoint: Path) -> tuple[dict[str, Checksum], list[str]]:
         if expected is None and not wrong:
             artifact.require(checkpoint)
             logger.warning("%s has no checksums, it was written by an earlier version: sizes of files are all that was compared", checkpoint)
+    except MachineError:  # nobody knows what is wrong, or whether anything is
+        raise
     except UserError as error:
         return {}, [str(error)]
     return expected or {}, wrong

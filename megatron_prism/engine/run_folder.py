@@ -23,6 +23,11 @@ def complete_steps(run: Path) -> list[Path]:
     return [folder for folder in sorted((run / CHECKPOINTS).glob("step_????????")) if artifact.is_complete(folder)]
 
 
+def is_of(run: Path, stage: str) -> bool:
+    """Whether the folder is a run of this stage; what else may lie there is looked at, and refused, by `artifact.begin`."""
+    return checksums.size_of(run / artifact.PROVENANCE) is not None and artifact.provenance(run)["kind"] == stage
+
+
 def newest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, finished or not."""
     steps = complete_steps(run)

@@ -12,16 +12,20 @@ from pathlib import Path
 
 from megatron_prism import artifact
 from megatron_prism.engine import run_folder
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 
 
 def run(targets: Sequence[Path]) -> None:
-    """Say of each folder what was found. Errors: UserError naming those that are damaged, after all were looked at."""
-    damaged = []
+    """Say of each folder what was found. Errors, after all were looked at: UserError naming those that are damaged; MachineError those not read."""
+    damaged, unread = [], []
     for folder in [part for target in targets for part in _parts(target)]:
         begun = time.perf_counter()
         try:
             artifact.verify(folder)
+        except MachineError as error:
+            unread.append(folder)
+            print(f"NOT READ {folder}: {error}")
+            continue
         except UserError as error:
             damaged.append(folder)
             print(f"DAMAGED  {folder}: {error}")
@@ -29,6 +33,8 @@ def run(targets: Sequence[Path]) -> None:
         print(f"whole    {folder}  {_size(folder) / 2**30:.2f} GiB in {time.perf_counter() - begun:.1f} s{_how(folder)}")
     if damaged:
         raise UserError(f"{len(damaged)} damaged: {', '.join(map(str, damaged))}; nothing of these should be used: bring them back from a copy")
+    if unread:
+        raise MachineError(f"{len(unread)} could not be read: {', '.join(map(str, unread))}; whether they are whole is not known: verify them again")
 
 
 def _parts(target: Path) -> list[Path]:

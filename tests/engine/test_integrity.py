@@ -1,5 +1,6 @@
 """Checksums of checkpoints: taken as files are written, compared by whoever reads them, and absent from what earlier versions wrote."""
 
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from megatron_prism.checksums import BLOCK_BYTES, Checksum, DamagedError, Summin
 from megatron_prism.config import Block
 from megatron_prism.engine import device, integrity, parallel, run_folder
 from megatron_prism.engine.sharded import Piece, Reader, write_streaming
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 
 pytestmark = pytest.mark.usefixtures("leave_groups")
 
@@ -110,6 +111,55 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_have_no_checksum
     (folder / "hf" / "tokenizer.json").write_text("short")
     with pytest.raises(DamagedError, match=r"tokenizer\.json has 5 bytes"):
         integrity.require_whole(folder)
+
+
+def refuse(path: Path) -> None:
+    """From now on the file system has an error for whoever asks for this file: it is a link to itself."""
+    path.rename(path.with_name("aside.tmp"))
+    path.symlink_to(path)
+
+
+def mend(path: Path) -> None:
+    path.with_name("aside.tmp").replace(path)
+
+
+@pytest.mark.parametrize("name", ["sharded/__0_0.distcp", "sharded/checksums.json", "config.toml", artifact.COMPLETE])
+def test_a_file_that_cannot_be_read_is_no_damage_and_one_that_can_a_moment_later_is_whole(tmp_path, monkeypatch, name):
+    start_alone()
+    file = write_checkpoint(tmp_path / "made", table=torch.ones(9)) / name
+    refuse(file)
+    waited = []
+    monkeypatch.setattr(checksums.time, "sleep", waited.append)
+    for look in (integrity.damages, integrity.require_whole, artifact.verify):
+        with pytest.raises(MachineError, match=rf"{name} could not be read, nor 2 s later: .*\(ELOOP\)"):
+            look(tmp_path / "made")
+    assert set(waited) == {checksums.RETRY_SECONDS}
+    monkeypatch.setattr(checksums.time, "sleep", lambda _: mend(file))
+    assert integrity.damages(tmp_path / "made") == []
+
+
+def test_no_checkpoint_is_set_aside_for_a_read_that_fails(tmp_path, monkeypatch):
+    start_alone()
+    run = artifact.begin(tmp_path / "run", "train", Nothing())
+    for step in (1, 2):
+        write_checkpoint(run_folder.step_folder(run, step), table=torch.ones(9))
+    newest = run_folder.step_folder(run, 2)
+    right = checksums._block
+
+    def refused(file, index, size):
+        if "step_00000002/sharded/__0_0" in file.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return right(file, index, size)
+
+    monkeypatch.setattr(checksums.time, "sleep", lambda _: None)
+    with monkeypatch.context() as patched, pytest.raises(MachineError, match=r"__0_0\.distcp could not be read.*Input/output error \(EIO\)"):
+        patched.setattr(checksums, "_block", refused)
+        integrity.choose(run, "train", "previous")
+    assert run_folder.newest(run) == newest and integrity.choose(run, "train", "previous") == newest
+    refuse(run / artifact.PROVENANCE)
+    with pytest.raises(MachineError, match=r"provenance\.json could not be read") as raised:
+        integrity.choose(run, "train", "previous")
+    assert "remove the folder" not in str(raised.value)
 
 
 def test_a_reader_compares_what_it_reads_and_nothing_else(tmp_path):

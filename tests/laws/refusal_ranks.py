@@ -8,6 +8,7 @@ without a launcher (no RANK) it is a world of one.
 """
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from megatron_prism import checksums
 from megatron_prism.config import load_recipe
 from megatron_prism.engine import checkpoint, loop, parallel, saving
 from megatron_prism.engine.recipe import TrainConfig
@@ -28,6 +30,7 @@ FILLER = "filler"
 LEFT_BYTES = 300_000
 SLOW_SECONDS = float(os.environ.get("SLOW_SECONDS", "0.5"))
 CHECK_ROOM, WRITE, WRITE_FILE, HOST_MEMORY = saving.check_room, saving._write, saving._write_file, saving._host_memory
+BLOCK = checksums._block
 
 
 def fill(folder: Path) -> None:
@@ -71,6 +74,19 @@ def one_without_memory(count: int) -> Any:
     return HOST_MEMORY(count << 40 if dist.get_rank() == 1 else count)
 
 
+def refused_reads(times: int) -> Callable[[Any, int, int], str]:
+    """So often, rank 1 cannot read a file of the checkpoint of step 4."""
+    refused: list[str] = []
+
+    def block(file: Any, index: int, size: int) -> str:
+        if dist.get_rank() == 1 and len(refused) < times and "step_00000004" in file.name:
+            refused.append(file.name)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return BLOCK(file, index, size)
+
+    return block
+
+
 def slowly(plan: Any) -> Any:
     """Some steps are taken before the first byte is written."""
     time.sleep(SLOW_SECONDS)
@@ -92,6 +108,8 @@ def planted(fault: str | None, step: int, disk: Path) -> Iterator[None]:
             stack.enter_context(mock.patch.object(saving, "_write_file", one_full_disk))
         elif fault == "one copy":
             stack.enter_context(mock.patch.object(saving, "_host_memory", one_without_memory))
+        elif fault in ("no read", "one read"):
+            stack.enter_context(mock.patch.object(checksums, "_block", refused_reads(1 if fault == "one read" else 1000)))
         elif fault is not None:
             assert fault in ("slow", "slow, not copied"), fault
             stack.enter_context(mock.patch.object(saving, "_write", slowly))
@@ -106,17 +124,17 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     rank = os.environ.get("RANK", "0")
     for name, case in plan["cases"].items():
-        words, begun = "", time.monotonic()
+        words, kind, begun = "", "", time.monotonic()
         with planted(case.get("fault"), case.get("at", 4), folder):
             try:
                 loop.train(load_recipe(None, [*plan["common"], *case["set"]], TrainConfig))
             except UserError as error:
-                words = str(error)
+                words, kind = str(error), type(error).__name__
         dist.barrier()
         if rank == "0":
             (folder / FILLER).unlink(missing_ok=True)
         dist.barrier()
-        (folder / f"{name}.{rank}").write_text(json.dumps({"words": words, "seconds": time.monotonic() - begun}))
+        (folder / f"{name}.{rank}").write_text(json.dumps({"words": words, "kind": kind, "seconds": time.monotonic() - begun}))
     parallel.stop()
 
 

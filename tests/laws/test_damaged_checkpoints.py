@@ -46,7 +46,10 @@ def test_every_damage_is_named_on_every_rank_and_the_run_goes_on_from_the_checkp
     for name, (file, damage) in DAMAGES.items():
         damage(halfway(run, folder / name) / file)
     flip(halfway(run, folder / "previous") / "sharded/__1_0.distcp")
-    told = train(root, folder, {**{name: {} for name in DAMAGES}, "previous": {"checkpoint.on_corrupt": "previous"}})
+    for name in ("no read", "one read"):
+        halfway(run, folder / name)
+    reads = {name: {"fault": name, "checkpoint.on_corrupt": "previous"} for name in ("no read", "one read")}
+    told = train(root, folder, {**{name: {} for name in DAMAGES}, "previous": {"checkpoint.on_corrupt": "previous"}, **reads})
     good = run_folder.step_folder(Path("checkpoints"), SAVED).name
     for name, (file, _) in DAMAGES.items():
         first, second = told[name]
@@ -56,6 +59,12 @@ def test_every_damage_is_named_on_every_rank_and_the_run_goes_on_from_the_checkp
         assert run_folder.newest(folder / name) == run_folder.step_folder(folder / name, HALFWAY), "nothing was changed"
     assert "have checksum" in told["a flipped bit of the weights"][0] and "; expected " in told["a flipped bit of the weights"][0]
     assert " were written" in told["a shard cut short"][0] and "is missing" in told["a missing shard"][0]
+
+    kinds = [json.loads((folder / f"no read.{rank}").read_text())["kind"] for rank in range(2)]
+    assert kinds == ["MachineError"] * 2, "rank 1 alone could not read, for now"
+    assert "could not be read" in told["no read"][0] and run_folder.newest(folder / "no read") == run_folder.step_folder(folder / "no read", HALFWAY)
+    assert told["one read"] == ["", ""] and differing(final_state(folder / "one read"), final_state(run)) == []
+    assert not list(folder.glob("* read/checkpoints/*.damaged-*"))
 
     went_on = folder / "previous"
     assert told["previous"] == ["", ""]
