@@ -38,7 +38,7 @@ class BackendConfig(Block):
     stall_seconds: Positive = 600
     """vllm: a server with work that answers nothing and whose engine writes no token for so long is started again"""
     max_restarts: NonNegative = 3
-    """vllm: how often a server that died is started again before the run gives up"""
+    """vllm: how often in a row, with no work done in between, a server that died is started again before the run ends"""
     log: Path | None = None
     """vllm: folder of the servers' logs; none: a temporary folder, named in every error"""
     server_flags: dict[str, str | int | float | bool] = Field(default_factory=dict)

@@ -118,6 +118,8 @@ class VllmGenerator(Generator):
                 if isinstance(answer, BaseException):
                     raise answer
                 on_answer(place, answer)
+        for server in self.servers if bodies else ():
+            server.forget_losses()
 
     def _next(self, answers: "queue.SimpleQueue[tuple[int, Answer | BaseException]]") -> tuple[int, Answer | BaseException]:
         """The next answer; a server that hangs is noticed meanwhile."""

@@ -4,8 +4,8 @@ vLLM pins another torch than ours, so that its own OpenAI-compatible server runs
 `vllm serve` of its CPU build, 0.32, looks for a package that is called otherwise there). A socket in a
 private folder needs no port, and no other user of the machine reaches it. `guard` ends the server with this process.
 
-Owns: starting, health, asking, restarting, ending, and what a failed start means. Refuses: a Python without vLLM, a vLLM that answers without token
-ids. Light: standard library alone.
+Owns: starting, health, asking, restarting, ending, and what a failed start means: bad input where vLLM says so of a server that never came up, else a
+machine that may do better at the next start. Refuses: a Python without vLLM, a vLLM that answers without token ids. Light: standard library alone.
 """
 
 import http.client
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 from megatron_prism.generate.settings import BackendConfig
 from megatron_prism.temporary import TemporaryFolder
 
@@ -62,6 +62,8 @@ class Server:
         log_folder.mkdir(parents=True, exist_ok=True)
         self.log = log_folder / f"vllm-{label}.log"
         self.starts, self.failed, self.closing = 0, False, False
+        self.losses, self.came_up = 0, False
+        """how often it was lost since work was last finished, and whether it ever answered"""
         self.process: subprocess.Popen[bytes] | None = None
         self._still: tuple[list[str], float] | None = None
         """the engine's counts of tokens, and since when they stand still, while nothing is answered"""
@@ -111,14 +113,17 @@ class Server:
         return folder
 
     def wait_ready(self) -> None:
-        """Until the server answers. Errors: UserError with the reason that its log shows; LostError where it is closed meanwhile."""
+        """Until the server answers. Errors: UserError with the reason that its log shows, a MachineError where that may pass; LostError where it is
+        closed meanwhile."""
         assert self.process is not None
         began = spoken = time.monotonic()
         while not self.is_healthy(5.0):
             if self.closing:
                 raise LostError(f"vllm server {self.label} was closed while it started")
             if self.process.poll() is not None:
-                raise self._failure(explain(self.log_text(), self.log, self.config, self.python))
+                log = self.log_text()
+                kind = UserError if is_bad_input(log) and not self.came_up else MachineError
+                raise self._failure(explain(log, self.log, self.config, self.python), kind)
             if time.monotonic() - began > self.config.start_timeout_seconds:
                 limit = self.config.start_timeout_seconds
                 raise self._failure(f"vllm server {self.label} does not answer after start_timeout_seconds={limit}; its log: {self.log}")
@@ -126,6 +131,7 @@ class Server:
                 spoken = time.monotonic()
                 self._say(f"starting for {spoken - began:.0f} s: {(self.log_text().splitlines() or [''])[-1][:200]}")
             time.sleep(0.2)
+        self.came_up = True
         self._say(f"ready after {time.monotonic() - began:.0f} s")
 
     def _say(self, text: str) -> None:
@@ -139,14 +145,20 @@ class Server:
         except (OSError, http.client.HTTPException):
             return False
 
-    def _failure(self, message: str) -> UserError:
+    def _failure(self, message: str, kind: type[UserError] = MachineError) -> UserError:
         self.failed = True
-        return UserError(message)
+        return kind(message)
+
+    def forget_losses(self) -> None:
+        """What it was asked is answered: it works, and the next loss is the first. Called when a whole call's work is done, and not for an answer:
+        a server that dies of one request would answer others for ever."""
+        self.losses = 0
 
     def ask(self, path: str, body: dict[str, Any], dropped: threading.Event | None = None) -> dict[str, Any]:
         """The answer to one request; a server that fails is started again and asked again.
 
-        dropped: once it is set, nobody waits for the answer: a failure is a LostError. Errors: UserError when starting again does not help.
+        dropped: once it is set, nobody waits for the answer: a failure is a LostError. Errors: MachineError when starting again does not help;
+        UserError for a request that vLLM refuses.
         """
         while True:
             with self._restarting:  # not while the server is being started again
@@ -195,9 +207,10 @@ class Server:
         with self._restarting:
             if self.starts != starts or self.closing:
                 return
-            if self.starts > self.config.max_restarts:
-                limit = self.config.max_restarts
-                raise self._failure(f"vllm server {self.label} failed {self.starts} times (max_restarts={limit}), last: {loss}; its log: {self.log}")
+            self.losses += 1
+            if self.losses > self.config.max_restarts:
+                said = f"failed {self.losses} times (max_restarts={self.config.max_restarts}) with no work done in between, last: {loss}"
+                raise self._failure(f"vllm server {self.label} {said}; its log: {self.log}")
             logger.warning("vllm server %s failed (%s); starting it again", self.label, loss)
             self._end()
             if not self.closing:
@@ -336,6 +349,13 @@ REASONS = (
     ("must be divisible by tensor parallel size", "tensor_parallel does not divide the model's heads"),
 )
 """What vLLM's log says, and what it means"""
+PASSING = ("is less than desired GPU memory utilization", "out of memory")
+"""those that other processes on the GPU make, too: a run before this one that is not gone yet"""
+
+
+def is_bad_input(log: str) -> bool:
+    """Whether a failed start's log says that the settings are wrong, whatever the machine; one that says nothing we know does not."""
+    return any(sign in log for sign, _ in REASONS) and not any(sign in log for sign in PASSING)
 
 
 def explain(log: str, file: Path, config: BackendConfig, python: Path) -> str:

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 from megatron_prism.generate.interface import NamedTensors
 from megatron_prism.temporary import TemporaryFolder
 
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def new_folder(tensors: NamedTensors, like: Path) -> TemporaryFolder:
-    """A folder of `tensors`, and links to everything else of `like`. Errors: UserError for names or shapes that differ from those of `like`."""
+    """A folder of `tensors`, and links to everything else of `like`. Errors: UserError for names or shapes that differ from those of `like`;
+    MachineError where this machine's memory or disk takes no more: another start may find room, or another machine."""
     stream, shapes = iter(tensors), _shapes(like)
     first = list(islice(stream, 1))
     size = sum(map(prod, shapes.values())) * (first[0][1].dtype.itemsize if first else 0)
@@ -39,7 +40,7 @@ def new_folder(tensors: NamedTensors, like: Path) -> TemporaryFolder:
         write_weights(chain(first, stream), like, folder.path)
     except OSError as error:
         folder.remove()
-        raise UserError(f"{folder.path.parent} took no new weights of about {size:,} bytes: {error}; make room there") from error
+        raise MachineError(f"{folder.path.parent} took no new weights of about {size:,} bytes: {error}; make room there") from error
     except BaseException:
         folder.remove()
         raise

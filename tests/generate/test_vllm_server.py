@@ -19,7 +19,7 @@ from fake_vllm import alive, stand_in
 from tiny_hf import make_tiny_tokenizer
 
 from megatron_prism import generate
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 from megatron_prism.evals.ranks import Ranks
 from megatron_prism.generate import Request, Sampling, vllm_server
 from megatron_prism.generate.settings import BackendConfig
@@ -118,8 +118,72 @@ def test_a_server_that_keeps_dying_is_given_up_with_its_log(folder: Path, tmp_pa
     monkeypatch.setenv("FAKE_COUNTER", str(tmp_path / "count"))
     monkeypatch.setenv("FAKE_DIES_AT", "9,20,21,22,23,24,25,26,27,28")
     log = tmp_path / "logs"
-    with open_fake(folder, max_restarts=1, log=str(log)) as generator, pytest.raises(UserError, match=rf"failed 2 times \(max_restarts=1\).*{log}"):
+    words = rf"failed 2 times \(max_restarts=1\) with no work done in between.*{log}"
+    with open_fake(folder, max_restarts=1, log=str(log)) as generator, pytest.raises(MachineError, match=words):
         complete(generator)
+
+
+def test_a_server_that_dies_now_and_then_is_started_again_for_ever(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a run's weeks: one loss in each call, and one start again allowed."""
+    monkeypatch.setenv("FAKE_COUNTER", str(tmp_path / "count"))
+    monkeypatch.setenv("FAKE_DIES_AT", "9")
+    with open_fake(folder, max_restarts=1) as generator:
+        for starts in (2, 3, 4):
+            assert complete(generator) == expected()
+            assert generator.servers[0].starts == starts
+            (tmp_path / "count").unlink()
+
+
+def test_a_start_that_fails_is_bad_input_where_vllm_says_so_of_a_server_that_never_came_up(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    told = {
+        "api_server.py: error: unrecognized arguments: --enforce-eagre": UserError,
+        "ValueError: Free memory on device (3/80 GiB) on startup is less than desired GPU memory utilization (0.9, 72 GiB)": MachineError,
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB": MachineError,
+        "OSError: [Errno 116] Stale file handle": MachineError,
+    }
+    for log, kind in told.items():
+        monkeypatch.setenv("FAKE_LOG", log)
+        with pytest.raises(UserError, match="did not start") as raised:
+            open_fake(folder)
+        assert type(raised.value) is kind, log
+    monkeypatch.delenv("FAKE_LOG")
+    monkeypatch.setenv("FAKE_COUNTER", str(tmp_path / "count"))
+    monkeypatch.setenv("FAKE_DIES_AT", "9")
+    with open_fake(folder) as generator:
+        monkeypatch.setenv("FAKE_LOG", next(iter(told)))
+        with pytest.raises(MachineError, match="did not start"):
+            complete(generator)
+
+
+def test_a_server_that_is_not_up_in_time_may_be_at_the_next_start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    server = vllm_server.Server(folder, BackendConfig(backend="vllm", start_timeout_seconds=1), 64)
+    server.python = sleeper
+    server.start()
+    with pytest.raises(MachineError, match="does not answer after start_timeout_seconds=1"):
+        server.wait_ready()
+    server.close()
+
+
+EPILOG = Path(__file__).parents[2] / "docs" / "generate.md"
+
+
+def test_the_epilog_of_the_documentation_clears_what_a_killed_generator_left_and_no_living_ones(tmp_path: Path) -> None:
+    (line,) = (line for line in EPILOG.read_text().splitlines() if line.startswith("find /dev/shm "))
+    owner = "import sys; from pathlib import Path; from megatron_prism.temporary import TemporaryFolder as T; t = T('new-weights', Path(sys.argv[1]))"
+    code = f"{owner}; (t.path / 'model.safetensors').write_text('x'); print(t.path, flush=True); input()"
+    owners = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=-1, stdout=-1, text=True) for _ in range(2)]
+    killed, living = (Path(process.stdout.readline().strip()) for process in owners if process.stdout is not None)
+    (tmp_path / "prism-other").mkdir()
+    owners[0].kill()
+    owners[0].wait()
+    environment = {**os.environ, "SLURM_JOB_USER": str(os.getuid())}
+    subprocess.run(line.replace("/dev/shm", str(tmp_path)), shell=True, check=True, env=environment)
+    assert {path.name for path in tmp_path.iterdir()} == {living.name, "prism-other"} and (living / "model.safetensors").is_file()
+    assert not killed.exists()
+    owners[1].communicate("\n", timeout=60)
 
 
 def test_a_start_says_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
