@@ -23,6 +23,7 @@ from megatron_prism.engine import (
     checkpoint,
     device,
     integrity,
+    leftovers,
     origin,
     parallel,
     recipe,
@@ -127,7 +128,7 @@ def build_run(cfg: TrainConfig) -> Run:
     if cfg.deterministic:
         device.make_deterministic()
     parallel.start(place)
-    on_main(lambda: bad_steps.finish_rollbacks(cfg.output))
+    on_main(lambda: (bad_steps.finish_rollbacks(cfg.output), leftovers.remove(cfg.output, cfg.stage)))
     newest = integrity.choose(cfg.output, cfg.stage, cfg.checkpoint.on_corrupt)
     model_config, plan = recipe.check(cfg, dist.get_world_size())
     mesh = parallel.build_mesh(plan, cfg.seed)
@@ -195,14 +196,19 @@ def _starting_point(cfg: TrainConfig, engine: Engine, data: SampleReader, newest
     if newest is not None:
         progress = checkpoint.load_all(engine, newest, checked=True)
     elif cfg.model.checkpoint is not None and cfg.model.load == "all":
-        progress = checkpoint.load_all(engine, run_folder.resolve(cfg.model.checkpoint))
+        progress = checkpoint.load_all(engine, _start(cfg.model.checkpoint))
     else:
         if cfg.model.checkpoint is not None:
-            checkpoint.load_weights(engine, run_folder.resolve(cfg.model.checkpoint))
+            checkpoint.load_weights(engine, _start(cfg.model.checkpoint))
         return Progress(data=data.fingerprint)
     progress.data = on_main(lambda: bad_steps.amended(cfg.output, progress.step, progress.data))
     data.follow(checkpoint.check_data(progress, data.fingerprint, cfg.data.on_change).records)
     return progress
+
+
+def _start(path: Path) -> Path:
+    """The checkpoint of another run, say, that a recipe names: rank 0's choice for all."""
+    return on_main(lambda: run_folder.resolve(path))
 
 
 def _record_plans(log: MetricsLog, data: SampleReader, folder: Path, samples: int) -> None:

@@ -92,8 +92,8 @@ class Ahead:
 
     def load(self, folder: Path, draw_of: Callable[[int], Draw]) -> None:
         """Take up what a checkpoint has; nothing where it was saved without, or for another number of responses to a prompt than the run now
-        asks for: they are written anew. draw_of: a step's draw, of this run."""
-        if not (folder / FILE).is_file():
+        asks for: they are written anew. Whether they are there is rank 0's word. draw_of: a step's draw, of this run."""
+        if not on_main((folder / FILE).is_file):
             return
         head, *lines = records(folder / FILE)
         draw = draw_of(head["step"])

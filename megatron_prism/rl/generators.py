@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_prism.engine import run_folder
 from megatron_prism.engine.ranks import on_all, on_main
 from megatron_prism.engine.step import Engine
 from megatron_prism.engine.weight_sync import weight_stream
@@ -30,10 +29,10 @@ GENERATOR = "generator"
 """folder of a run with the weights that its generator is opened on; gone when the run is finished"""
 
 
-def open_generator(cfg: RLConfig, rank: int) -> Generator | None:
-    """A generator on the weights that the run stands at; of vLLM's servers rank 0 is the one client."""
+def open_generator(cfg: RLConfig, rank: int, newest: Path | None) -> Generator | None:
+    """A generator on the weights that the run stands at; of vLLM's servers rank 0 is the one client. newest: the run's own checkpoint."""
     folder = cfg.output / GENERATOR
-    start = run_folder.newest(cfg.output) or cfg.model.checkpoint
+    start = newest or cfg.model.checkpoint
     assert start is not None
 
     def export() -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_prism import artifact
-from megatron_prism.engine import calendar, checkpoint, device, integrity, parallel, run_folder, watchdog
+from megatron_prism.engine import calendar, checkpoint, device, integrity, leftovers, parallel, run_folder, watchdog
 from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.loop import build_engine, carry_model_files
@@ -105,7 +105,8 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
     if cfg.deterministic:
         device.make_deterministic()
     parallel.start(place, GROUP_TIMEOUT_MINUTES)
-    integrity.choose(cfg.output, cfg.stage, cfg.checkpoint.on_corrupt)
+    on_main(lambda: leftovers.remove(cfg.output, cfg.stage))
+    newest = integrity.choose(cfg.output, cfg.stage, cfg.checkpoint.on_corrupt)
     model_config, plan = recipe.check(cfg, dist.get_world_size())
     mesh = parallel.build_mesh(plan, cfg.seed)
     parents = recipe.parents(cfg)
@@ -118,10 +119,10 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
     generators.check_marks(cfg, tokenizer)
     prompts = load_prompts(cfg.prompts, tokenizer, cfg.longest_prompt)
     engine = build_engine(cfg.training, model_config, mesh, place)
-    progress, reference = _starting_point(cfg, engine, prompts)
+    progress, reference = _starting_point(cfg, engine, prompts, newest)
     log = MetricsLog(cfg.output, cfg.log, progress.step, cfg.steps, enabled=mesh.rank == 0, settings=cfg.model_dump(mode="json"))
     closing.callback(log.close)
-    generator = generators.open_generator(cfg, mesh.rank)
+    generator = generators.open_generator(cfg, mesh.rank, newest)
     if generator is not None:
         closing.callback(generator.close)
     pool = closing.enter_context(Pool(cfg.grading_workers or max(1, len(os.sched_getaffinity(0)) // 2))) if mesh.rank == 0 else None
@@ -129,7 +130,7 @@ def build_run(cfg: RLConfig, closing: ExitStack) -> Run:
     unsolved = metrics.Unsolved(set(progress.data.get("unsolved", ())))
     run = Run(cfg, model_config, engine, prompts, tokenizer, generator, pool, reference, parents, progress, log, watch, unsolved)
     run.background = Background() if cfg.checkpoint.async_save else None
-    if cfg.rollout.steps_ahead and (newest := run_folder.newest(cfg.output)) is not None:
+    if cfg.rollout.steps_ahead and newest is not None:
         run.ahead.load(newest, partial(_drawing, run))
     if run.is_main:
         samples_page.drop_after(cfg.output, progress.step)
@@ -145,12 +146,15 @@ def describe(found: Mapping[str, Any]) -> str:
     return f"{found['prompts']:,} prompts: {domains}" + (f"; {long:,} were too long and dropped" if long else "")
 
 
-def _starting_point(cfg: RLConfig, engine: Engine, prompts: PromptSet) -> tuple[Progress, Reference | None]:
-    """Load what there is to load: the run's newest checkpoint with its reference, or the weights that it starts from, which are the reference."""
-    newest = run_folder.newest(cfg.output)
+def _starting_point(cfg: RLConfig, engine: Engine, prompts: PromptSet, newest: Path | None) -> tuple[Progress, Reference | None]:
+    """Load what there is to load: the run's own checkpoint with its reference, or the weights that it starts from, which are the reference.
+
+    newest: as rank 0 chose it for all: a network's file system may show the ranks' machines different folders for a minute.
+    """
     if newest is None:
-        assert cfg.model.checkpoint is not None
-        checkpoint.load_weights(engine, run_folder.resolve(cfg.model.checkpoint))
+        start = cfg.model.checkpoint
+        assert start is not None
+        checkpoint.load_weights(engine, on_main(lambda: run_folder.resolve(start)))
         return Progress(data={"prompts": prompts.digest}), _reference(cfg, engine)
     progress, reference = checkpoint.load_all(engine, newest, checked=True), _reference(cfg, engine)
     if progress.data["prompts"] != prompts.digest:

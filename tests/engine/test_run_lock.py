@@ -1,36 +1,87 @@
-"""Two runs in one folder: the second is refused, and says who has it; a killed one leaves no lock."""
+"""Two runs in one folder: the second waits, and is refused where the first is seen to live; a kill leaves no lock, and a lost machine's may pass."""
 
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_prism.engine import run_lock
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 
 HOLDS = """
 import sys, time
 from pathlib import Path
 from megatron_prism.engine import run_lock
 with run_lock.held(Path(sys.argv[1])):
+    if len(sys.argv) > 2:
+        (Path(sys.argv[1]) / run_lock.FILE).write_text(sys.argv[2])
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_run_is_refused_while_another_process_has_the_folder_and_not_after_it_was_killed(tmp_path: Path) -> None:
+def hold(run: Path, *words: str) -> "subprocess.Popen[str]":
+    """Another process that has the folder; words: what its file says instead."""
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(run), *words], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    return other
+
+
+@pytest.fixture
+def other(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]:
+    """A process that has tmp_path / "run"; parameters: as `hold`'s words."""
+    process = hold(tmp_path / "run", *getattr(request, "param", ()))
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(run_lock, "LOOK_SECONDS", 0.05)
+
+
+def test_a_second_run_is_refused_while_another_process_has_the_folder_and_not_after_it_was_killed(tmp_path: Path, other, caplog) -> None:
     run = tmp_path / "run"
-    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(run)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"is being written by process {other.pid} on "), run_lock.held(run):
-            pass
-    finally:
-        other.kill()
-        other.wait()
+    with pytest.raises(UserError, match=f"is being written by process {other.pid} on .*, which lives: ") as raised, run_lock.held(run):
+        pass
+    assert not isinstance(raised.value, MachineError), "the same start would meet the same run"
+    assert [f"by process {other.pid} on" in line.message and "waiting up to 0.5 s" in line.message for line in caplog.records] == [True]
+    other.kill()
+    other.wait()
     assert (run / run_lock.FILE).is_file(), "what a kill leaves"
     with run_lock.held(run):
-        assert str(os.getpid()) in (run / run_lock.FILE).read_text()
-    assert not run.exists(), "nothing was begun in it"
+        assert str(os.getpid()) in (run / run_lock.FILE).read_text() and run_lock.is_held(run)
+    assert not run.exists() and not run_lock.is_held(run), "nothing was begun in it"
+
+
+NOT_SEEN = [["process 1 on node-that-is-lost\n0-0 7"], [f"process {os.getpid()} on {os.uname().nodename}"], [""]]
+
+
+@pytest.mark.parametrize("other", NOT_SEEN, indirect=True)
+def test_a_lock_of_which_nobody_knows_whether_its_holder_lives_may_pass(tmp_path: Path, other) -> None:
+    """Of another machine; of an earlier version, which wrote less; of a file that nobody can read."""
+    with pytest.raises(MachineError, match=r"start the same command again; .* remove .*\.running\.tmp before"), run_lock.held(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_is_waited_for(tmp_path: Path, other, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 60.0)
+    threading.Timer(0.5, other.kill).start()
+    with run_lock.held(tmp_path / "run"):
+        assert run_lock.is_held(tmp_path / "run")
+
+
+def test_a_run_whose_file_was_removed_leaves_that_of_the_next_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with run_lock.held(run):
+        (run / run_lock.FILE).unlink()
+        next_one = hold(run)
+    assert str(next_one.pid) in (run / run_lock.FILE).read_text()
+    next_one.kill()
+    next_one.wait()

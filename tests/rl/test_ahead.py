@@ -90,6 +90,8 @@ def test_responses_of_another_group_size_are_written_anew(tmp_path):
     def draw(size: int, version: int = 2) -> Draw:
         return Draw(prompts, RolloutConfig(responses_per_prompt=size, context=8), 5, 2, version, writers=1)
 
+    parallel.start(torch.device("cpu"))  # whether there is a file is one rank's word
+
     written = [{"sample": sample, "tokens": [3], "written": [True], "logprobs": [-1.0], "text": "a"} for _, sample in draw(2).pairs]
     rest = {"finish_reason": "stop", "weights_version": 1}
     lines = [{"place": place, **line, **rest} for (place, _), line in zip(draw(2).pairs, written, strict=True)]

@@ -17,7 +17,7 @@ from training import VOCAB_SIZE, from_random, metrics, recipe
 
 from megatron_prism import artifact
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import loop, run_folder, step
+from megatron_prism.engine import loop, run_folder, run_lock, step
 from megatron_prism.engine.metrics import MetricsLog
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.errors import UserError
@@ -119,8 +119,11 @@ def test_a_time_limit_saves_and_stops_and_the_same_command_goes_on(finished, tmp
     stopped = loop.train(config(root, tmp_path / "run", steps=6, time_limit_minutes=1e-6))
     assert not artifact.is_complete(stopped)
     assert run_folder.newest(stopped) == run_folder.step_folder(stopped, 1)
-    loop.train(config(root, tmp_path / "run", steps=6))
-    assert artifact.is_complete(stopped)
+    half_written = run_folder.step_folder(stopped, 5)
+    half_written.mkdir()
+    with run_lock.held(stopped):
+        loop.train(config(root, tmp_path / "run", steps=6))
+    assert artifact.is_complete(stopped) and not half_written.exists()
     assert [line["loss"] for line in metrics(stopped)] == [line["loss"] for line in metrics(run)]
 
 
