@@ -8,7 +8,7 @@ import pytest
 from policy_cases import open_engine
 from tiny_models import write_tiny
 
-from megatron_prism import artifact
+from megatron_prism import artifact, checksums
 from megatron_prism.config import OptimizerConfig
 from megatron_prism.engine import checkpoint, parallel, run_folder, saving
 from megatron_prism.engine.checkpoint import Progress
@@ -25,12 +25,17 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     parallel.stop()
 
 
-def test_a_complete_checkpoint_stays_where_the_disk_fails_afterwards(imported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_complete_checkpoint_stays_where_the_disk_fails_afterwards(imported: Path, tmp_path: Path, monkeypatch, caplog) -> None:
     run, config = tmp_path / "run", OptimizerConfig(lr=1e-3)
+
+    monkeypatch.setattr(checksums, "RETRY_SECONDS", 0.0)
+    refused = tmp_path / artifact.COMPLETE
+    refused.symlink_to(refused)
+    faults = [(tmp_path / "gone").stat, lambda: artifact.is_complete(tmp_path), (tmp_path / "gone").stat]
 
     def pruned_and_then_a_stale_handle() -> None:
         checkpoint.prune(run, keep_last=1, keep_every=None)
-        (tmp_path / "gone").stat()
+        faults.pop()()
 
     engine = open_engine(imported, optimizer=config)
     for step, background in enumerate((None, None, Background()), start=1):
