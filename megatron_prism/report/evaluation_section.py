@@ -176,13 +176,18 @@ def _lengths(evaluations: Sequence[Artifact], model: str | None) -> str:
     return parts.grid(figures)
 
 
+def asked(one: Artifact) -> Figures:
+    """What an evaluation asked, and how."""
+    return {key: one.config.get(key) or {} for key in ("tasks", "generation")}
+
+
 def _unlike(evaluations: Sequence[Artifact]) -> list[str]:
     """Evaluations that asked otherwise are not to be compared."""
-    asked = [(one.name, {key: one.config.get(key) or {} for key in ("tasks", "generation")}) for one in evaluations]
+    settings = [(one.name, asked(one)) for one in evaluations]
     found = []
-    for name, settings in asked[1:]:
-        other = [key for key in settings if settings[key] != asked[0][1][key]]
-        found += [f"{name} asked with other settings than {asked[0][0]} ({', '.join(other)}): compare with care."] if other else []
+    for name, own in settings[1:]:
+        other = [key for key in own if own[key] != settings[0][1][key]]
+        found += [f"{name} asked with other settings than {settings[0][0]} ({', '.join(other)}): compare with care."] if other else []
     return found
 
 

@@ -57,8 +57,16 @@ def _why(note: str) -> str:
     }[note]
 
 
+def _made_from(one: Artifact) -> str:
+    """Its parents, each once with the steps that were read."""
+    steps: dict[str, list[str]] = {}
+    for link in one.parents:
+        steps.setdefault(link.artifact.name, []).extend([f"{link.step:,}"] if link.step is not None else [])
+    return ", ".join(name + (f" step{'s' * (len(read) > 1)} {' '.join(read)}" if read else "") for name, read in steps.items())
+
+
 def _row(one: Artifact) -> list[str | Cell]:
-    made_from = ", ".join(link.artifact.name + (f" step {link.step:,}" if link.step is not None else "") for link in one.parents)
+    made_from = _made_from(one)
     commit = str(one.provenance.get("commit") or "-")
     return [
         one.name,

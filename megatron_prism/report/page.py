@@ -92,7 +92,7 @@ def _cards(every: Sequence[Artifact]) -> list[tuple[str, str]]:
         if lines
     ]
     answered = [line["responses"] for one, lines in runs if one.kind == "rl" for line in lines[-2:] if "responses" in line]
-    scores = [entry for one in every if one.kind == "evaluate" and one.is_shown for entry in _means(one)]
+    scores = _asked_alike([one for one in every if one.kind == "evaluate" and one.is_shown])
     seconds = [one.seconds for one in every if one.state == "finished" and one.seconds is not None]
     found = []
     if trained:
@@ -113,6 +113,18 @@ def _course(scores: Sequence[tuple[str, float]]) -> tuple[str, str]:
     shown = [scores[place] for place in (places if len(scores) <= MOST_SCORES else sorted(ends))]
     few = f" ({len(shown)} of {len(scores)} models: the ends, the lowest, the highest)" if len(shown) < len(scores) else ""
     return f"{' → '.join(f'{100 * score:.1f}' for _, score in shown)}{NO_BREAK}%", f"mean accuracy, {' → '.join(name for name, _ in shown)}{few}"
+
+
+def _asked_alike(evaluations: Sequence[Artifact]) -> list[tuple[str, float]]:
+    """The scores that can be told in one breath: of the evaluations that asked the same in the same way, where most models were."""
+    groups: list[tuple[evaluation_section.Figures, list[tuple[str, float]]]] = []
+    for one in evaluations:
+        asked = evaluation_section.asked(one)
+        found = next((scores for settings, scores in groups if settings == asked), None)
+        if found is None:
+            groups.append((asked, found := []))
+        found += _means(one)
+    return max((scores for _, scores in groups), key=len, default=[])
 
 
 def _means(one: Artifact) -> list[tuple[str, float]]:

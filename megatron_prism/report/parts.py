@@ -13,6 +13,10 @@ from megatron_prism.report.scales import Axis
 __all__ = ["Cell", "figure", "fold", "grid", "lines", "notes", "paragraph", "seconds", "section", "table", "warning"]
 
 
+WIDE = 6
+"""columns; in a table of more the small texts stand below"""
+
+
 class Cell(NamedTuple):
     """A cell of a table. small: stands beside the text, fainter. wrap: a text that may take several lines."""
 
@@ -45,7 +49,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell] | Row], label
     kinds = [_kind(row.cells[place] for row in named if row.kind != "group" and place < len(row.cells)) for place in range(len(head))]
     columns = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
     body = "".join(_row(row, kinds) for row in named)
-    inner = f"<table><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table>"
+    dense = " class=dense" if len(head) > WIDE else ""
+    inner = f"<table{dense}><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table>"
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label, quote=True)}">{inner}</div>'
 
 

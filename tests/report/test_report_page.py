@@ -158,11 +158,28 @@ def test_thirty_checkpoints_fit_on_a_page_of_bounded_size(tmp_path):
     assert all(f">{name}<" in text for name in names)
 
 
-def with_means(folder, means):
+def with_means(folder, means, **config):
     """An evaluation of models of these mean accuracies."""
     models = {name: {"tasks": {}} for name in means}
     averages = {name: {"plain": mean, "paper": None} for name, mean in means.items()}
-    return make(folder, "evaluate", files={"scores.json": {"models": models, "averages": averages}}, tasks={"names": []})
+    return make(folder, "evaluate", files={"scores.json": {"models": models, "averages": averages}}, tasks={"names": []}, **config)
+
+
+def test_the_tile_tells_models_together_that_were_asked_alike(tmp_path):
+    drawn_at_random, greedy = {"generation": {"temperature": 1.0}}, {"generation": {"temperature": 0.0}}
+    folders = [with_means(tmp_path / "drawn", {"start": 0.066}, **drawn_at_random)]
+    folders += [with_means(tmp_path / name, {name: mean}, **greedy) for name, mean in (("base_0", 0.194), ("mid_0", 0.361))]
+    text = drawn(*folders)
+    assert "<b>19.4 → 36.1\N{NO-BREAK SPACE}%</b><span>mean accuracy, base_0 → mid_0</span>" in text
+
+
+def test_a_run_of_which_many_checkpoints_were_read_is_named_once_with_its_steps(tmp_path):
+    run = trained(tmp_path / "run")
+    steps = [run / "checkpoints" / f"step_{step:08d}" for step in (1000, 2000)]
+    for folder in steps:
+        make(folder, "checkpoint", [run])
+    text = drawn(make(tmp_path / "analyze", "cka", [*steps, run]))
+    assert "<td class=wrap>run steps 1,000 2,000</td>" in text
 
 
 def test_the_tile_of_accuracies_hides_no_fall(tmp_path):
