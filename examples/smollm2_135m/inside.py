@@ -24,13 +24,15 @@ class Size(NamedTuple):
     inputs: int
     """texts of each set, for CKA; a draw of the bootstrap has half of them"""
     max_tokens: int
+    questions: int
+    """of each kind, for answers and landscape"""
     points: int
     """of each line of the path"""
     grid: dict[str, Any] | None
     """of the landscape; an empty one is the paper's 5 x 5"""
 
 
-SIZES = {"full": Size(200, 512, 5, {}), "small": Size(40, 128, 3, None), "quick": Size(8, 32, 2, None)}
+SIZES = {"full": Size(200, 512, 32, 5, {}), "small": Size(40, 128, 4, 3, None), "quick": Size(8, 32, 2, 2, None)}
 Recipe = dict[str, Any]
 
 
@@ -43,6 +45,7 @@ def look(asked: argparse.Namespace, models: dict[str, Path], drawn: Recipe, gree
 def recipes(asked: argparse.Namespace, models: dict[str, Path], drawn: Recipe, greedy: Recipe) -> list[tuple[ModuleType, Recipe]]:
     """Each stage with its recipe, in order."""
     size, folder = SIZES[asked.size], asked.work / "inside"
+    drawn, greedy = ({**recipe, "tasks": {**recipe["tasks"], "num_questions": size.questions}} for recipe in (drawn, greedy))
     listed = [{"name": name, "path": path} for name, path in models.items()]
     answers = [{"name": name, "evaluation": drawn["output"]} for name in models]
     course = {"models": listed[:1], "series": {"run": models["mid"]}}
@@ -51,6 +54,7 @@ def recipes(asked: argparse.Namespace, models: dict[str, Path], drawn: Recipe, g
         "analyze": (analyze, {"models": listed, "series": {"run": models["rl"], "start": "mid"}}),
         "analyze_mid": (analyze, course),
         "cka": (cka, {"models": listed, "sets": sets, "inputs": size.inputs, "max_tokens": size.max_tokens, "device": asked.device}),
+        "drawn": (evaluate, drawn),
         "behaviour": (behaviour, {"models": answers}),
         "landscape": (landscape, {"base": models["start"], "midtrain": models["mid"], "rl": models["rl"], "path": {"points": size.points}}),
     }
@@ -59,4 +63,4 @@ def recipes(asked: argparse.Namespace, models: dict[str, Path], drawn: Recipe, g
     made = [(stage, {"output": folder / name, **recipe}) for name, (stage, recipe) in looked.items()]
     scores = [asked.work / "scores" / f"{name}_{asked.seeds[0]}" for name in ("start", "mid", "mid_rl")]
     drawing = {"output": folder / "report", "runs": [*scores, *(recipe["output"] for _, recipe in made)], "title": TITLE}
-    return [(evaluate, drawn), *made, (report, drawing)]
+    return [*made, (report, drawing)]

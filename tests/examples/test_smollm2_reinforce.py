@@ -132,12 +132,12 @@ def test_what_is_looked_into_is_the_start_and_both_runs_and_every_recipe_is_whol
     assert models == {"start": tmp_path / "start", "mid": tmp_path / "mid_3", "rl": tmp_path / "mid_rl_3"}
     made = runpy.run_path(str(file))["recipes"](asked, models, drawn, greedy)
     checked = [validate(recipe, stage.Config, stage.__name__) for stage, recipe in made]
-    assert [cfg.output.name for cfg in checked] == ["drawn", "analyze", "analyze_mid", "cka", "behaviour", "landscape", "report"]
-    weights, course, landscape, page = checked[1], checked[2], checked[5], checked[6]
+    assert [cfg.output.name for cfg in checked] == ["analyze", "analyze_mid", "cka", "drawn", "behaviour", "landscape", "report"]
+    weights, course, likeness, answers, _, landscape, page = checked
     assert (weights.series.run, weights.series.start, course.series.run) == (tmp_path / "mid_rl_3", "mid", tmp_path / "mid_3")
     assert (landscape.grid is not None) == (size == "full") and landscape.generation.temperature == 0.0
-    assert {checked[0].generation.device, checked[3].device, landscape.generation.device} == {"cuda"}
-    assert {cfg.output for cfg in checked[1:6]} < set(page.runs) and tmp_path / "scores" / "mid_rl_3" in page.runs
+    assert {answers.generation.device, likeness.device, landscape.generation.device} == {"cuda"}
+    assert {cfg.output for cfg in checked[:6]} < set(page.runs) and tmp_path / "scores" / "mid_rl_3" in page.runs
 
 
 def test_the_runs_that_are_looked_into_keep_their_course_and_no_other_does(proof: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
