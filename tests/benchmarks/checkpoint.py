@@ -179,8 +179,9 @@ def build(count: float, folder: Path, kind: str):
     place = device.setup(kind)
     parallel.start(place)
     mesh = parallel.build_mesh(make_plan(model, ParallelConfig(), dist.get_world_size(), 64, dist.get_world_size(), 1), seed=1)
-    wrapped = wrap_model(build(model, mesh, BuildOptions(precision="bf16"), place), mesh, OptimizerConfig(), overlap=False)
-    engine = Engine(wrapped, build_optimizer(wrapped, OptimizerConfig(lr=1e-3), mesh, bf16=True), mesh, place)
+    config = OptimizerConfig(lr=1e-3, gradients="bf16")  # no part of a checkpoint: room for a larger model
+    wrapped = wrap_model(build(model, mesh, BuildOptions(precision="bf16"), place), mesh, config, overlap=False)
+    engine = Engine(wrapped, build_optimizer(wrapped, config, mesh, bf16=True), mesh, place)
     engine.optimizer.initialize()
     hf = folder / "hf"
     if mesh.rank == 0:
