@@ -51,6 +51,8 @@ VARIABLES = {
 }
 """of every launch; a group that waits for longer than these minutes would cost the other cases their time"""
 POLL_SECONDS = 0.5
+TOO_LONG = 124
+"""as a status"""
 START_SECONDS = 30.0
 """of a launch on GPUs, a guess from imports of 15 s"""
 
@@ -72,7 +74,7 @@ class Site:
     @property
     def left(self) -> float:
         """Seconds in which a case may begin."""
-        return 60 * self.minutes - (time.monotonic() - self.begun)
+        return 60 * min(self.minutes, self.limit) - (time.monotonic() - self.begun)
 
     @property
     def left_at_all(self) -> float:
@@ -208,7 +210,7 @@ def bench(site: Site, cases: list[Case]) -> int:
     site.launches += 1
     output = site.scratch / f"bench_{site.launches}"
     recipe = {"output": str(output), "cases": [case.keys for case in cases]}
-    recipe |= {"minutes": max(site.left, 1.0) / 60} if site.minutes < 1e6 else {}
+    recipe |= {"minutes": max(site.left, 1.0) / 60}
     path = output.with_suffix(".toml")
     path.write_text(tomli_w.dumps(recipe), encoding="utf-8")
     job = Job("bench", recipe=path, ranks=cases[0].ranks, env=variables(site))
@@ -228,7 +230,8 @@ def bench(site: Site, cases: list[Case]) -> int:
                 break
             time.sleep(POLL_SECONDS)
         if seen == len(cases):
-            process.wait(60)
+            with suppress(subprocess.TimeoutExpired):  # leaving the groups may hang; all is said
+                process.wait(60)
     state = everything(output)
     if seen == len(cases) or "not_begun" in state or site.left_at_all <= 0:
         return len(cases)
@@ -269,7 +272,7 @@ def law(site: Site, cases: list[Case]) -> int:
     status = finished(site, argv, env, seconds)
     found = json.loads(told.read_text()) if told.exists() else None
     if status or found is None or found["error"]:
-        why = f"it took more than {seconds:.0f} s" if status == 124 else first_line((found or {}).get("error") or last_words(site))
+        why = f"it took more than {seconds:.0f} s" if status == TOO_LONG else first_line((found or {}).get("error") or last_words(site))
         site.record(case, time.monotonic() - begun, failed=why, result=found)
     else:
         site.record(case, time.monotonic() - begun, result=found)
@@ -282,8 +285,11 @@ def checkpoint(site: Site, cases: list[Case]) -> int:
     words = ["--device", site.device, "--parameters", str(CHECKPOINT_PARAMETERS[site.device]), "--ranks", str(RANKS), "--rounds", "1"]
     argv = [sys.executable, str(HERE / "checkpoint.py"), *words, "--folder", str(site.scratch / "checkpoint"), "--json", str(told)]
     status = finished(site, argv, {**os.environ, **variables(site)}, 600.0 if site.device == "cpu" else 400.0)
+    if site.left_at_all <= 0:
+        return 1
     if status or not told.exists():
-        site.record(case, time.monotonic() - begun, failed=last_words(site))
+        why = "it took too long" if status == TOO_LONG else last_words(site)
+        site.record(case, time.monotonic() - begun, failed=why)
     else:
         site.record(case, time.monotonic() - begun, result=json.loads(told.read_text()))
     return 1
@@ -300,7 +306,7 @@ def finished(site: Site, argv: list[str], env: dict[str, str], seconds: float) -
         try:
             return process.wait(max(min(seconds, site.left_at_all), 1.0))
         except subprocess.TimeoutExpired:
-            return 124
+            return TOO_LONG
 
 
 class launched:  # noqa: N801 (reads as a verb where it is used)

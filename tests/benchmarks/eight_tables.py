@@ -124,7 +124,8 @@ def _cells(case: Case, entry: dict[str, Any] | None, device: str) -> list[str]:
     if entry is None:
         return [said, "not run", "", "", "", "", published]
     if "failed" in entry:
-        return [said, f"failed: {first_line(entry['failed'])}", "", "", "", "", published]
+        part = f"; {law_words(entry['result'])}" if case.kind == "law" and (entry.get("result") or {}).get("layouts") else ""
+        return [said, f"failed: {first_line(entry['failed'])}{part}", "", "", "", "", published]
     if case.kind == "law":
         return [said, law_words(entry["result"]), "", "", "", "", published]
     if case.kind == "checkpoint":
@@ -133,7 +134,7 @@ def _cells(case: Case, entry: dict[str, Any] | None, device: str) -> list[str]:
     tokens, causal, full = (ours[key] for key in ("tokens_per_second_per_gpu", "tflops_per_gpu_causal", "tflops_per_gpu_full"))
     gib = f"{ours['memory']['peak_allocated_gib']:.1f}" if ours["memory"] else ""
     if predicted is None:
-        return [said, f"{tokens:,.0f}", "", "", gib, "", published]
+        return [said, f"ran, loss {ours['loss']:.2f}", "", "", gib, "", published]
     return [said, f"{tokens:,.0f}", f"{causal:.0f} ({full:.0f})", share(predicted, causal), gib, f"{tokens / predicted.tokens:.2f}", published]
 
 
