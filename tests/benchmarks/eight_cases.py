@@ -23,7 +23,7 @@ CHECKPOINT = "checkpoint"
 CHECKPOINT_PARAMETERS = {"cuda": 2e9, "cpu": 1e7}
 """28 bytes of each on the disk at a time (one checkpoint, and the disk's own measurement or a half-written one), 28 of host memory (the copy in the
 background, and the page cache of what is written): 56 GB and 56 GB where a machine has 235 GiB and 560 GiB"""
-FIRST = 12
+FIRST = 14
 """cases of the recipe that come before anything else: LLaMA's and the hybrids' bf16 rows"""
 BETWEEN = ("law 3, dense", "mistral-small-24b tp=2 bf16", "mistral-small-24b tp=4 bf16", "mistral-small-24b tp=8 bf16", SCALING, CHECKPOINT)
 
@@ -101,6 +101,8 @@ def tiny(case: Case, folder: Path) -> Case:
     keys = {**options.train, "device": "cpu", "data": {"seq_len": SHORT[train.data.seq_len]}}
     for key in ("fp8", "global_batch"):
         keys.pop(key, None)
+    if train.parallel.cp_comm_type is not None:  # our own layers gather
+        keys["parallel"] = {key: value for key, value in keys["parallel"].items() if key != "cp_comm_type"}
     if train.recompute_layers is not None:
         keys["recompute_layers"] = 4
     own = {"model": str(_tiny_model(options.model, folder)), "train": keys, "steps": 2, "micro_batches": min(plan.num_microbatches, 2 * plan.pp)}

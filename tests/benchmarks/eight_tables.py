@@ -64,6 +64,7 @@ def settings(prediction: Prediction) -> str:
     train, plan = prediction.train, prediction.choice.plan
     cuts = {"tp": plan.tp, "pp": plan.pp, "vpp": plan.vpp or 1, "cp": plan.cp, "dp": plan.dp}
     words = [" ".join(f"{name}={size}" for name, size in cuts.items() if size > 1) or "dp=1"]
+    words[0] += f" {plan.cp_comm_type}" if plan.cp > 1 else ""
     if train.recompute:
         layers = f"{train.recompute_layers} layers" if train.recompute_layers else "all layers"
         words.append(f"{layers} recomputed{' but for attention' if train.keep_attention else ''}")
