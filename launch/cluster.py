@@ -84,7 +84,7 @@ class ClusterConfig(Block):
     python: Line = "python"
     """interpreter on the nodes"""
     setup: str = ""
-    """shell lines before the job, such as `module load cuda`"""
+    """shell lines before the job, such as `module load cuda`, under `set -e`"""
     env: Annotated[dict[Name, Line], Field(default_factory=dict)]
     """variables of the job, which stand in the script"""
     pass_env: tuple[Name, ...] = ()
@@ -94,9 +94,9 @@ class ClusterConfig(Block):
     timeout_minutes: Positive | None = None
     """how long the ranks of a process group wait for each other; none: 30. Not for `prism rl`, whose ranks wait for responses"""
     requeues: NonNegative = 3
-    """how often a job that failed is queued again from one and the same checkpoint; bad input never is, a reached time limit always"""
+    """how often a job that failed is queued again without progress: no newer checkpoint, or of a stage without any, no more in its output"""
     save_minutes: Positive = 10
-    """how long before its time limit a job is told to save and stop"""
+    """how long before its time limit a job is told to save and stop; of a short one at half of it"""
     sbatch: tuple[Line, ...] = ()
     """more arguments of sbatch, such as --constraint=h200"""
     srun: tuple[Line, ...] = ()

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +22,14 @@ import typer
 
 from megatron_prism import secrets
 from megatron_prism.config import SAVE_SECONDS
-from megatron_prism.engine import run_folder
-from megatron_prism.errors import ERROR_FILE, STOPPED_EARLY, STOPPED_FILE, UserError
+from megatron_prism.errors import ERROR_FILE, NEVER_AGAIN, STOPPED_EARLY, STOPPED_FILE, UserError
 from megatron_prism.launch.child import Child
+from megatron_prism.launch.progress import Failures
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """what asks a run to save and stop; torchrun by itself would die of the last two, and take its ranks along"""
+SECONDS_MORE = 30.0
+"""a job that fails again without progress waits so much longer each time: what ails a disk or a device has time to pass"""
 SECONDS_TO_SAVE = 300
 """how long torchrun waits for its ranks after such a signal before it kills them; its own is 30"""
 
@@ -62,10 +65,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. status: 0, or a shell's exit status (2: bad input, 128 + n: ended by signal n). message: one line for people."""
+    """How a job ended. status: 0, or a shell's exit status (2: bad input, 128 + n: ended by signal n). message: one line for people.
+
+    is_certain: started again it would come to the same, whatever went well before.
+    """
 
     status: int
     message: str = ""
+    is_certain: bool = False
 
 
 def prism_arguments(job: Job) -> list[str]:
@@ -117,23 +124,23 @@ def torchrun_variables(seconds_to_save: int = SECONDS_TO_SAVE) -> dict[str, str]
 def run_local(job: Job, log: Path, output: Path | None = None, restarts: int = 0) -> Outcome:
     """Run a job on this machine under torchrun; its output goes to our terminal and to the end of `log`. Errors: UserError for several nodes.
 
-    restarts: how often it is started again when it failed, from one and the same checkpoint of `output`: a run that makes progress goes on for ever.
-    Bad input and a run that was told to stop never are, also where the word came before there was anything to save.
+    restarts: how often it is started again when it failed, without progress in `output` between: one that makes progress goes on for ever.
+    What was told to stop never is, also where the word came before there was anything to save. Bad input is not in the first start, which somebody
+    watches; later it may be a fault that passes, and counts as a failure, unless it is certain to come again.
     """
     if job.nodes > 1:
         raise UserError(f"nodes={job.nodes}: this is one machine; drop nodes, or use prism launch slurm")
-    places: list[Path | None] = []
+    failures = Failures(job.stage, output)
     told: list[int] = []
     while True:
         outcome = _run_once(job, log, told)
-        if told or outcome.status in (0, 2, STOPPED_EARLY):
+        if told or outcome.status in (0, STOPPED_EARLY) or outcome.is_certain or (outcome.status == 2 and not failures.times):
             return outcome
-        places.append(run_folder.newest(output) if output is not None else None)
-        times = places.count(places[-1])
-        if times > restarts:
+        failures.note()
+        if failures.times > restarts:
             return outcome
-        place = f"from {places[-1]}" if places[-1] is not None else "from the beginning"
-        typer.secho(f"failed ({outcome.message}); start {times} of at most {restarts} {place}", fg="yellow", err=True)
+        typer.secho(f"failed ({outcome.message}); start {failures.times} of at most {restarts} at {failures.place}", fg="yellow", err=True)
+        time.sleep(SECONDS_MORE * (failures.times - 1))
 
 
 def _run_once(job: Job, log: Path, told: list[int]) -> Outcome:
@@ -145,7 +152,7 @@ def _run_once(job: Job, log: Path, told: list[int]) -> Outcome:
             output = child.copy_output(log, title)
             status = child.wait()
         if error.exists():
-            return Outcome(2, error.read_text(encoding="utf-8"))
+            return Outcome(2, error.read_text(encoding="utf-8"), is_certain=error.with_name(error.name + NEVER_AGAIN).exists())
         if stopped.exists():
             return Outcome(STOPPED_EARLY, stopped.read_text(encoding="utf-8").strip())
     return outcome_of(rank_status(output, status))

@@ -100,9 +100,13 @@ def _slurm(job: Job, place: ClusterConfig, variables: Mapping[str, str]) -> dict
         "additional_parameters": {"requeue": True},
         "retries": place.requeues,
         "env_vars": dict(variables),
-        "setup_lines": "\n".join(setup_lines(place)) or None,
+        "setup_lines": "\n".join([*setup_lines(place), *map(_required, place.pass_env)]) or None,
         "tunnel": {"host": place.nemo.host, "user": place.nemo.user, "job_dir": str(place.nemo.job_dir or "")},
     }
+
+
+def _required(name: str) -> str:
+    return f': "${{{name}:?is not set; export it where the job is submitted}}"'
 
 
 def _skypilot(job: Job, place: ClusterConfig, variables: Mapping[str, str]) -> dict[str, Any]:

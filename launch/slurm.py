@@ -1,10 +1,10 @@
 """A job as an sbatch script: plain text that a person can read, keep and change; and handing it to Slurm.
 
 The ranks are started by srun itself, or by one torchrun on each node. They meet at the first node of the allocation, at the address by which Slurm
-reaches it. A job that its time limit stops, or that failed otherwise than by bad input, is queued again and goes on from its newest checkpoint.
-Beside the OUTPUT of a job lie OUTPUT.sbatch, OUTPUT.log, OUTPUT.job (its number), OUTPUT.error (a message for people), OUTPUT.stopped (it was
-told to stop) and OUTPUT.failures (the checkpoints after which it failed). Refuses: line breaks in what would stand in the script; what a partition
-allows is checked in launch/cluster.py.
+reaches it. What follows from each end of a job stands in launch/ending.py.
+Beside the OUTPUT of a job lie OUTPUT.sbatch, OUTPUT.log, OUTPUT.job (its number), OUTPUT.failures (where it failed), and while it runs
+OUTPUT.NUMBER.error (a message for people) and OUTPUT.NUMBER.stopped (it was told to stop), of its own so that no other job's are taken for them.
+Refuses: line breaks in what would stand in the script, a second job for an output; what a partition allows is checked in launch/cluster.py.
 """
 
 import shlex
@@ -13,11 +13,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prism.artifact import COMPLETE, write_atomic
+from megatron_prism.artifact import write_atomic
 from megatron_prism.config import SAVE_SECONDS, TIMEOUT_MINUTES
-from megatron_prism.errors import ERROR_FILE, STOPPED_FILE, UserError
+from megatron_prism.errors import ERROR_FILE, STOPPED_FILE, MachineError, UserError
+from megatron_prism.launch import ending
 from megatron_prism.launch.cluster import ClusterConfig
-from megatron_prism.launch.job import STOPPED_EARLY, Job, environment, ft_launcher_argv, process_argv, torchrun_argv, torchrun_variables
+from megatron_prism.launch.job import Job, environment, ft_launcher_argv, process_argv, torchrun_argv, torchrun_variables
 
 RENDEZVOUS = ("--nnodes", "$SLURM_NNODES", "--rdzv-backend", "c10d", "--rdzv-endpoint", "$MASTER_ADDR:$MASTER_PORT", "--rdzv-id", "$SLURM_JOB_ID")
 QUOTED_BY_HAND = frozenset(word for word in RENDEZVOUS if "$" in word)
@@ -25,24 +26,11 @@ RANK_OF_SRUN = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$
 
 # The port is one that two jobs on one node do not share, as far as their numbers differ; below the range the kernel hands out by itself.
 MEETING = """\
-read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+hosts=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST")
+node=$(patiently scontrol --oneliner show node "${hosts%%$'\\n'*}")
+MASTER_ADDR=$(sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p' <<< "$node")
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-export MASTER_ADDR MASTER_PORT"""
-
-ENDING = """\
-[[ ! -e {stopped} ]] || status={early}  # it was told to stop, and has saved
-[[ ! -e {error} ]] || status=2  # bad input: its message is above
-((status)) || [[ -e {output}/{complete} ]] || status={early}  # it ended well, before its work was done
-# a job that Slurm itself has queued again, because a node was lost, is left alone
-if ((status != 0 && status != 2)) && [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]]; then
-  place=$(ls -1d {output}/checkpoints/step_????????/{complete} 2>/dev/null | tail -n 1) || true
-  echo "after ${{place:-nothing}}" >> {failures}
-  times=$(grep -cxF "after ${{place:-nothing}}" {failures})
-  echo "status $status, $times times now after ${{place:-nothing}}" >&2
-  if ((times <= {requeues})); then scontrol requeue "$SLURM_JOB_ID" && sleep 60; fi  # until Slurm ends this script
-fi
-exit "$status\""""
+export MASTER_ADDR=${MASTER_ADDR:?Slurm does not say where the first node is} MASTER_PORT"""
 
 
 def beside(output: Path, suffix: str) -> Path:
@@ -56,22 +44,23 @@ def sbatch_script(job: Job, cluster: ClusterConfig, name: str, output: Path) -> 
     Errors: UserError for a line break in a path, a name or an override.
     """
     _refuse_line_breaks([name, str(output), *process_argv(job), *job.env, *job.env.values()])
-    settings: dict[str, str | int] = {key: shlex.quote(str(beside(output, f".{key}"))) for key in ("error", "failures", "stopped")}
-    settings |= {"output": shlex.quote(str(output)), "complete": COMPLETE, "early": STOPPED_EARLY, "requeues": cluster.requeues}
     parts = [
         "#!/bin/bash",
         *_directives(job, cluster, name, beside(output, ".log")),
         "",
-        "set -euo pipefail",
+        f"readonly PRISM_OUTPUT={shlex.quote(str(output))} PRISM_REQUEUES={cluster.requeues}",
+        f'export {ERROR_FILE}="$PRISM_OUTPUT.$SLURM_JOB_ID.error" {STOPPED_FILE}="$PRISM_OUTPUT.$SLURM_JOB_ID.stopped"',
+        ending.ALONE,
+        ending.functions(job.stage),
+        "",
+        "set -e",
         *setup_lines(cluster),
-        *_exports(job, cluster, output),
+        *map(_required, cluster.pass_env),
+        *_exports(job, cluster),
         *([MEETING] if job.ranks > 1 else []),
         "",
-        f"rm -f {settings['error']} {settings['stopped']}",
-        "status=0",
-        f"{_start(job, cluster)} || status=$?",
-        "",
-        ENDING.format(**settings),
+        f"{_start(job, cluster)} &",
+        "wait $!  # in the background, so that this script hears what Slurm says to it",
     ]
     return "\n".join(parts) + "\n"
 
@@ -93,12 +82,18 @@ def submission(script: Path | str, after: Sequence[str] = ()) -> list[str]:
 
 
 def queued(output: Path) -> str | None:
-    """The number of the job that makes this output, if Slurm still has it."""
+    """The number of the job that makes this output, if Slurm still has it. Errors: MachineError where Slurm does not answer."""
     record = beside(output, ".job")
     if not record.exists() or shutil.which("squeue") is None:
         return None
     number = record.read_text().strip()
-    found = subprocess.run(["squeue", "--noheader", "--jobs", number], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    words = ["squeue", "--noheader", "--states=PENDING,RUNNING,SUSPENDED", f"--jobs={number}"]
+    found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if found.returncode and "invalid job id" not in found.stderr.lower():
+        raise MachineError(
+            f"squeue does not say whether job {number} still makes {output} ({found.stderr.strip() or f'status {found.returncode}'}), "
+            f"and a second job would be in its way: try again when it answers, or remove {record} if that job is gone"
+        )
     return number if found.stdout.strip() else None
 
 
@@ -121,7 +116,7 @@ def _directives(job: Job, cluster: ClusterConfig, name: str, log: Path) -> list[
         "gpus-per-node": job.gpus_per_node or None,
         "cpus-per-task": _cores(job, cluster),
         "time": None if job.hours is None else clock(job.hours),
-        "signal": f"TERM@{60 * cluster.save_minutes}" if _is_warned(job, cluster) else None,
+        "signal": f"TERM@{_warned_seconds(job, cluster)}",
         "account": cluster.account,
         "partition": cluster.partition,
         "output": str(log).replace("%", "%%"),
@@ -132,9 +127,11 @@ def _directives(job: Job, cluster: ClusterConfig, name: str, log: Path) -> list[
     return [f"#SBATCH {word}" for word in [*found, "--requeue", *map(shlex.quote, cluster.sbatch)]]
 
 
-def _is_warned(job: Job, cluster: ClusterConfig) -> bool:
-    """Whether Slurm tells the job to stop before its limit."""
-    return job.hours is not None and job.hours * 60 > 2 * cluster.save_minutes
+def _warned_seconds(job: Job, cluster: ClusterConfig) -> int:
+    """How long before its limit Slurm tells the job to stop; of a short job half of it. Without hours the limit is the partition's."""
+    place = cluster.partitions.get(cluster.partition or "")
+    hours = job.hours or (place.max_hours if place else None)
+    return 60 * cluster.save_minutes if hours is None else min(60 * cluster.save_minutes, max(1, round(1800 * hours)))
 
 
 def _tasks(job: Job, cluster: ClusterConfig) -> int:
@@ -148,13 +145,14 @@ def _cores(job: Job, cluster: ClusterConfig) -> int | None:
 
 
 def setup_lines(cluster: ClusterConfig) -> list[str]:
-    """Shell lines before the job: the cluster's own, the virtual environment, and that the variables which are passed on are there."""
+    """Shell lines before the job: the cluster's own, and the virtual environment."""
     activation = [f"source {shlex.quote(str(cluster.venv / 'bin/activate'))}"] if cluster.venv else []
-    return [
-        *cluster.setup.splitlines(),
-        *activation,
-        *(f': "${{{name}:?is not set; export it where the job is submitted}}"' for name in cluster.pass_env),
-    ]
+    return [*cluster.setup.splitlines(), *activation]
+
+
+def _required(name: str) -> str:
+    """That a variable which is passed on is there: queued again, the job would not have it either."""
+    return f'[[ ${{{name}:-}} ]] || {{ echo "error: {name} is not set; export it where the job is submitted" | tee "${ERROR_FILE}" >&2; exit 2; }}'
 
 
 def job_variables(cluster: ClusterConfig) -> dict[str, str]:
@@ -165,11 +163,11 @@ def job_variables(cluster: ClusterConfig) -> dict[str, str]:
     return {**found, **cluster.env}
 
 
-def _exports(job: Job, cluster: ClusterConfig, output: Path) -> list[str]:
-    ours = {ERROR_FILE: str(beside(output, ".error")), STOPPED_FILE: str(beside(output, ".stopped"))}
-    ours |= {SAVE_SECONDS: str(60 * cluster.save_minutes)} if _is_warned(job, cluster) else {}
+def _exports(job: Job, cluster: ClusterConfig) -> list[str]:
+    warned = _warned_seconds(job, cluster)
+    ours = {SAVE_SECONDS: str(warned)}
     if cluster.starter != "srun":
-        ours |= torchrun_variables(max(30, 60 * cluster.save_minutes - 30))
+        ours |= torchrun_variables(max(30, warned - 30))
     values = environment(job, base={**ours, **job_variables(cluster)}, cores=cluster.cpus_per_node or job.ranks_per_node)
     return [f"export {key}={shlex.quote(value)}" for key, value in sorted(values.items())]
 

@@ -26,6 +26,7 @@ from megatron_prism.artifact import write_atomic
 from megatron_prism.config import blocks_in, load_recipe, validate
 from megatron_prism.errors import (
     ERROR_FILE,
+    NEVER_AGAIN,
     STOPPED_EARLY,
     STOPPED_FILE,
     DivergenceError,
@@ -67,7 +68,8 @@ def main() -> None:
         _report(str(error))
         raise SystemExit(2) from None
     except DivergenceError as error:
-        _report(str(error), is_final=not isinstance(error, PassingDivergenceError))
+        passes = isinstance(error, PassingDivergenceError)
+        _report(str(error), is_final=not passes, is_certain=not passes)
         raise SystemExit(1) from None
     except StoppedEarly as stopped:
         if STOPPED_FILE in os.environ:
@@ -87,10 +89,10 @@ def _yield_names_of_the_clone() -> None:
     sys.path[:] = [entry for entry in sys.path if entry not in ours] + ours
 
 
-def _report(message: str, is_final: bool = True) -> None:
+def _report(message: str, is_final: bool = True, is_certain: bool = False) -> None:
     """Print an error once for all ranks: the others wait, and are ended by torchrun, if rank 0 failed too; an error of their own they print.
 
-    is_final: whoever started us is told that starting again leads to the same.
+    is_final: whoever started us is told that starting again leads to the same; is_certain: also where earlier sessions went well.
     """
     error_file = os.environ.get(ERROR_FILE)
     if os.environ.get("RANK", "0") != "0":
@@ -98,6 +100,8 @@ def _report(message: str, is_final: bool = True) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"rank {os.environ['RANK']}: {message}"
     if error_file and is_final:
+        if is_certain:
+            Path(error_file + NEVER_AGAIN).touch()
         write_atomic(Path(error_file), message)
     typer.secho(f"error: {message}", fg="red", err=True)
 

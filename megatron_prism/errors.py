@@ -35,6 +35,9 @@ class FaultyMachineError(PassingDivergenceError):
 ERROR_FILE = "PRISM_ERROR_FILE"
 """Environment variable: a file that receives the message of a UserError, for the launcher that started this process."""
 
+NEVER_AGAIN = ".never"
+"""Ending of a second file beside that one: starting again would come to the same for certain, whatever went well before."""
+
 STOPPED_EARLY = 75
 """Exit status of a stage that was told to stop (a signal, a time limit), has saved, and goes on when the same command is started again: "queue me
 again" (sysexits' EX_TEMPFAIL)."""

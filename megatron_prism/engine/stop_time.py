@@ -1,8 +1,7 @@
 """Whether a run that is told to stop has the time to save, by what its steps and saves took so far.
 
 The word is heard after the step that is being taken, and what follows it (validation, export, evaluation); then the run saves. Whoever started it
-ends it some time after the word (`save_minutes` of a Slurm job, torchrun's patience), and what it had not saved is lost; a Slurm job that runs into
-its limit so is not queued again either.
+ends it some time after the word (`save_minutes` of a Slurm job, torchrun's patience), and what it had not saved is lost.
 Owns: the measure, and one warning a session. Refuses nothing. Rank 0's clock is enough: all ranks stop after the same step.
 """
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from megatron_prism import artifact
@@ -21,7 +22,7 @@ class Config(Block):
     source: Path | None = None
     """a finished folder of this stage to count on from"""
     ending: str = "well"
-    """well, raise, refuse, kill, exit, early"""
+    """well, raise, refuse, kill, exit, early, deaf"""
     parallel: ParallelConfig = ParallelConfig()
     """layout"""
 
@@ -59,5 +60,8 @@ def _end(ending: str, rank: int) -> None:
         raise UserError("rank 1 alone cannot count")
     if ending == "exit":
         raise SystemExit(7)
+    if ending == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
     if ending == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

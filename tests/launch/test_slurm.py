@@ -16,54 +16,9 @@ from megatron_prism.launch.cluster import ClusterConfig
 from megatron_prism.launch.job import Job
 from megatron_prism.launch.slurm import sbatch_script
 
-HEAD = """\
-#!/bin/bash
-#SBATCH --job-name=midtrain
-#SBATCH --nodes=2
-#SBATCH --ntasks-per-node={tasks}
-#SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task={cpus}
-#SBATCH --time=36:30:00
-#SBATCH --signal=TERM@600
-#SBATCH --account=lab
-#SBATCH --partition=gpu
-#SBATCH --output='runs/my run.log'
-#SBATCH --open-mode=append
-#SBATCH --export=ALL
-#SBATCH --requeue
-#SBATCH --constraint=h200
-
-set -euo pipefail
-module load cuda
-source /shared/venv/bin/activate
-: "${{WANDB_API_KEY:?is not set; export it where the job is submitted}}"
-export GLOO_SOCKET_IFNAME=ib0
-export NCCL_DEBUG=WARN
-export NCCL_SOCKET_IFNAME=ib0
-export OMP_NUM_THREADS=8
-{torchrun}export PRISM_ERROR_FILE='runs/my run.error'
-export PRISM_SAVE_SECONDS={seconds}
-export PRISM_STOPPED_FILE='runs/my run.stopped'
-export PRISM_TIMEOUT_MINUTES=20
-export PYTHONSAFEPATH=1
-{variables}read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-export MASTER_ADDR MASTER_PORT
-
-rm -f 'runs/my run.error' 'runs/my run.stopped'
-status=0
-"""
-SRUN = """\
-srun --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=8 --mpi=none \\
-  bash \\
-    -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=8; exec "$@"' rank python \\
-    -m megatron_prism train 'recipes/my run.toml' steps=200 || status=$?
-"""
-OF_TORCHRUN = {
-    "torchrun": "export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT,SIGTERM,SIGUSR1,SIGUSR2\n",
-    "variables": "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570\n",
-}
+SCRIPT = (Path(__file__).parent / "midtrain.sbatch").read_text()
+"""the script in which srun starts the ranks, as users read it"""
+START = SCRIPT[SCRIPT.index("srun --ntasks-per-node=8") :]
 TORCHRUN = """\
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64 --mpi=none \\
   python \\
@@ -74,27 +29,20 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64 --mpi=none \\
     --rdzv-id "$SLURM_JOB_ID" \\
     --max-restarts 0 \\
     --nproc-per-node 8 \\
-    -m megatron_prism train 'recipes/my run.toml' steps=200 || status=$?
+    -m megatron_prism train 'recipes/my run.toml' steps=200 &
+wait $!  # in the background, so that this script hears what Slurm says to it
 """
 FT_LAUNCHER = TORCHRUN.replace("--max-restarts 0", "--max-restarts 3").replace(
     "    -m torch.distributed.run \\\n",
     "    -m nvidia_resiliency_ext.fault_tolerance.launcher \\\n"
     "    --ft-initial-rank-heartbeat-timeout 1000000000 \\\n    --ft-rank-heartbeat-timeout 1000000000 \\\n",
 )
-TAIL = """
-[[ ! -e 'runs/my run.stopped' ]] || status=75  # it was told to stop, and has saved
-[[ ! -e 'runs/my run.error' ]] || status=2  # bad input: its message is above
-((status)) || [[ -e 'runs/my run'/COMPLETE ]] || status=75  # it ended well, before its work was done
-# a job that Slurm itself has queued again, because a node was lost, is left alone
-if ((status != 0 && status != 2)) && [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
-  place=$(ls -1d 'runs/my run'/checkpoints/step_????????/COMPLETE 2>/dev/null | tail -n 1) || true
-  echo "after ${place:-nothing}" >> 'runs/my run.failures'
-  times=$(grep -cxF "after ${place:-nothing}" 'runs/my run.failures')
-  echo "status $status, $times times now after ${place:-nothing}" >&2
-  if ((times <= 3)); then scontrol requeue "$SLURM_JOB_ID" && sleep 60; fi  # until Slurm ends this script
-fi
-exit "$status"
-"""
+OF_TORCHRUN = {
+    "--ntasks-per-node=8\n": "--ntasks-per-node=1\n",
+    "--cpus-per-task=8\n": "--cpus-per-task=64\n",
+    "export PRISM_SAVE_SECONDS=600\n": "export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT,SIGTERM,SIGUSR1,SIGUSR2\nexport PRISM_SAVE_SECONDS=570\n",
+    "export PYTHONSAFEPATH=1\n": "export PYTHONSAFEPATH=1\nexport TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570\n",
+}
 JOB = Job("train", Path("recipes/my run.toml"), ("steps=200",), ranks=16, nodes=2, gpus_per_node=8, hours=36.5, env={"NCCL_DEBUG": "WARN"})
 PLACE = ClusterConfig(
     account="lab",
@@ -139,14 +87,18 @@ ODD = 'it\'s $HOME `x` "q" 100% \\ #1 ünï'
 
 def test_the_script_in_which_srun_starts_the_ranks_is_this_text_and_bash_reads_it() -> None:
     script = sbatch_script(JOB, PLACE, "midtrain", Path("runs/my run"))
-    assert script == HEAD.format(tasks=8, cpus=8, torchrun="", variables="", seconds=600) + SRUN + TAIL
+    assert script == SCRIPT
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.parametrize(("starter", "started"), [("torchrun", TORCHRUN), ("ft_launcher", FT_LAUNCHER)])
 def test_the_script_in_which_torchrun_or_its_kin_starts_the_ranks_is_this_text_and_bash_reads_it(starter: str, started: str) -> None:
     script = sbatch_script(JOB, PLACE.model_copy(update={"starter": starter}), "midtrain", Path("runs/my run"))
-    assert script == HEAD.format(tasks=1, cpus=64, seconds=570, **OF_TORCHRUN) + started + TAIL
+    expected = SCRIPT.removesuffix(START)
+    for before, after in OF_TORCHRUN.items():
+        assert expected.count(before) == 1
+        expected = expected.replace(before, after)
+    assert script == expected + started
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -154,9 +106,9 @@ def test_a_stage_of_one_process_starts_it_alone_in_a_container() -> None:
     place = ClusterConfig(container="/img/my prism.sqsh", mounts=("/data:/data", "/models:/models:ro"))
     script = sbatch_script(Job("merge", Path("merge.toml")), place, "merge", Path("runs/merged"))
     container = f"'--container-image=/img/my prism.sqsh' --container-workdir={Path.cwd()} --container-mounts=/data:/data,/models:/models:ro"
-    start = f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {container} \\\n  python \\\n    -m megatron_prism merge merge.toml || status=$?"
+    start = f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {container} \\\n  python \\\n    -m megatron_prism merge merge.toml &\nwait $!"
     assert start in script
-    assert "MASTER_ADDR" not in script and "--time" not in script and "--signal" not in script
+    assert "MASTER_ADDR" not in script and "--time" not in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -190,32 +142,19 @@ def test_the_script_starts_every_rank_of_every_node_whatever_the_paths_are(proje
     assert found == {rank: ["4", local, "2", "1"] for rank, local in zip("0123", "0101", strict=True)}
     if starter == "srun":
         assert (project / "runs" / ODD / "0").read_text().endswith(" 127.0.0.1"), "the address by which Slurm reaches the first node"
-    assert not (project / "requeued").exists() and {path.name for path in (project / "runs").iterdir()} == {ODD}
-
-
-def test_a_job_that_was_stopped_or_failed_is_queued_again_and_given_up_where_it_makes_no_progress(project: Path) -> None:
-    stopped = _run(project, ending="early", ranks=2)
-    assert stopped.returncode == 75 and "status 75, 1 times now after nothing" in stopped.stderr
-    assert (project / "requeued").read_text() == "4711\n"
-    failed = _run(project, ending="raise", ranks=2)
-    assert failed.returncode == 1 and "the numbers ran out" in failed.stderr and "2 times now after nothing" in failed.stderr
-    assert (project / "requeued").read_text() == "4711\n", "requeues = 1: not a second time from the same place"
-    mark = project / "runs" / ODD / "checkpoints/step_00000004/COMPLETE"
-    damaged = mark.parent.with_name("step_00000006.damaged-1") / "COMPLETE"
-    for path in (mark, damaged):
-        path.parent.mkdir(parents=True)
-        path.touch()
-    assert f"1 times now after {mark}" in _run(project, ending="raise", ranks=2).stderr, "what was set aside is no place to go on from"
-    assert (project / "requeued").read_text() == "4711\n4711\n", "a new checkpoint is progress"
-    (project / "restarts").write_text("1")
-    assert "times now" not in _run(project, ending="raise", ranks=2).stderr
-    assert (project / "requeued").read_text() == "4711\n4711\n", "Slurm has queued it again itself"
+    assert not (project / "requeued").exists() and {path.name for path in (project / "runs").iterdir()} == {ODD, f"{ODD}.job"}
 
 
 @pytest.mark.parametrize("starter", ["srun", "torchrun"])
 def test_told_to_stop_is_status_75_whatever_those_answer_who_started_the_ranks(project: Path, starter: str) -> None:
     stopped = _run(project, starter, ending="stop", ranks=2)
-    assert stopped.returncode == 75 and "status 75, 1 times now after nothing" in stopped.stderr
+    assert stopped.returncode == 75 and "status 75: queued again" in stopped.stderr and "without progress" not in stopped.stderr
+    assert (project / "requeued").read_text() == "4711\n"
+
+
+def test_a_stage_that_raises_is_queued_again(project: Path) -> None:
+    failed = _run(project, ending="raise", ranks=2)
+    assert failed.returncode == 1 and "the numbers ran out" in failed.stderr and "failure 1 without progress, of 2" in failed.stderr
     assert (project / "requeued").read_text() == "4711\n"
 
 
@@ -231,8 +170,10 @@ def test_a_variable_that_is_passed_on_must_be_there_and_its_value_stands_nowhere
     script = sbatch_script(Job("merge"), ClusterConfig(pass_env=("WANDB_API_KEY",)), "merge", tmp_path / "out")
     assert "s3cret" not in script
     monkeypatch.delenv("WANDB_API_KEY")
-    done = subprocess.run(["bash", "-s"], input=script, text=True, capture_output=True, timeout=30, check=False)
-    assert done.returncode != 0 and "WANDB_API_KEY: is not set; export it where the job is submitted" in done.stderr
+    env = {**os.environ, **play_slurm(tmp_path / "bin", nodes=1)}
+    done = subprocess.run(["bash", "-s"], input=script, text=True, env=env, cwd=tmp_path, capture_output=True, timeout=30, check=False)
+    assert done.returncode == 2 and "WANDB_API_KEY is not set; export it where the job is submitted" in done.stderr
+    assert not (tmp_path / "requeued").exists(), "queued again it would not have it either"
 
 
 @pytest.mark.parametrize("word", ["runs/a\nb", "runs/a\rb"])

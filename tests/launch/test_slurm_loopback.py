@@ -131,6 +131,30 @@ def test_a_job_that_was_told_to_stop_and_then_lost_a_node_ends_with_the_losses_o
     assert [(line["loss"], line["grad_norm"]) for line in lines] == [expected[line["step"]] for line in lines]
 
 
+@pytest.mark.skipif("PRISM_SLURM_TEST" not in os.environ, reason="minutes long: make slurm-test runs it")
+@pytest.mark.timeout(600)
+def test_a_job_that_meets_its_time_limit_is_queued_again_with_those_that_wait_for_it_and_one_that_is_cancelled_is_not(
+    project: Path, cluster: LoopbackSlurm
+) -> None:
+    deaf = COUNTING.replace("ranks = 2", 'ranks = 2\nhours = 0.0167\nset = { ending = "deaf" }').replace(', ending = "raise"', "")
+    (project / "pipeline.toml").write_text(deaf)
+    jobs = _launch(project, cluster, "pipeline.toml")
+    _wait_until_queued_again(cluster, jobs["first"])
+    log = (project / "runs/first.log").read_text()
+    assert "DUE TO TIME LIMIT" in log and "status 143 at bytes" in log and "failure 1 without progress, of 2 that end this job" in log
+    assert cluster.job(jobs["second"])["JobState"] == "PENDING" == cluster.job(jobs["third"])["JobState"]
+
+    second = cluster.ask("sbatch", "--parsable", f"--chdir={project}", "--time=1", str(project / "runs/first.sbatch")).strip()
+    assert _ended(cluster, second, 60) == "FAILED"
+    assert f"error: job {jobs['first']} makes runs/first already" in (project / "runs/first.log").read_text()
+
+    _start_now(cluster, jobs["first"])
+    cluster.wait_for(lambda: (project / "runs/first.log").read_text().count("rank 0 pid") == 6, 60, "the second session")
+    cluster.ask("scancel", jobs["first"])
+    assert _ended(cluster, jobs["first"], 60) == "CANCELLED"
+    assert cluster.job(jobs["first"])["Restarts"] == "1"
+
+
 @pytest.mark.timeout(400)
 def test_a_chain_stops_where_a_stage_fails_and_goes_on_there_when_it_was_mended(project: Path, cluster: LoopbackSlurm) -> None:
     (project / "pipeline.toml").write_text(COUNTING)

@@ -1,0 +1,83 @@
+"""`--restarts`: failures are counted from where a run had got farthest; bad input ends the first start, and counts as a failure later."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prism import cli
+from megatron_prism.errors import ERROR_FILE, NEVER_AGAIN, DivergenceError, PassingDivergenceError
+from megatron_prism.launch import job
+from megatron_prism.launch.progress import Failures
+
+SESSION = """
+import os, pathlib, sys
+starts = pathlib.Path(sys.argv[1])
+starts.write_text(starts.read_text() + "x")
+error = pathlib.Path(os.environ["PRISM_ERROR_FILE"])
+word = sys.argv[2].split()[len(starts.read_text()) - 1]
+if word == "certain":
+    error.with_name(error.name + ".never").touch()
+if word != "fails":
+    error.write_text("no such key")
+sys.exit(1)
+"""
+
+
+def _save(run: Path, step: int) -> None:
+    mark = run / f"checkpoints/step_{step:08d}/COMPLETE"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+
+
+def test_failures_count_from_the_farthest_checkpoint(tmp_path: Path) -> None:
+    failures, found = Failures("train", tmp_path), []
+    for step in (0, 0, 200, 0, 100, 300):
+        if step:
+            _save(tmp_path, step)
+        (tmp_path / "metrics.jsonl").write_text("x" * len(found))
+        failures.note()
+        found.append(failures.times)
+        if step == 200:
+            (tmp_path / "checkpoints/step_00000200/COMPLETE").unlink()
+    assert found == [1, 2, 1, 2, 3, 1] and failures.place == "step 300"
+
+
+def test_without_checkpoints_they_count_from_the_largest_output(tmp_path: Path) -> None:
+    failures, found = Failures("evaluate", tmp_path), []
+    for length in (10, 10, 4, 11, 11):
+        (tmp_path / "responses").write_text("x" * length)
+        (tmp_path / "provenance.json").write_text("{}" * len(found))
+        failures.note()
+        found.append(failures.times)
+    assert found == [1, 2, 3, 1, 2] and failures.place == "bytes 11"
+
+
+@pytest.mark.parametrize(
+    ("sessions", "starts", "status"),
+    [("refuses", 1, 2), ("fails refuses refuses fails", 3, 2), ("fails certain fails", 2, 2), ("fails fails fails fails", 3, 1)],
+)
+def test_bad_input_ends_the_first_start_and_is_a_failure_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sessions: str, starts: int, status: int
+) -> None:
+    seen = tmp_path / "starts"
+    seen.touch()
+    monkeypatch.setattr(job, "torchrun_argv", lambda asked: [sys.executable, "-c", SESSION, str(seen), sessions])
+    monkeypatch.setattr(job, "SECONDS_MORE", 0.0)
+    outcome = job.run_local(job.Job(stage="train"), tmp_path / "log", tmp_path / "run", restarts=2)
+    assert (outcome.status, len(seen.read_text())) == (status, starts)
+
+
+@pytest.mark.parametrize(("kind", "certain"), [(DivergenceError, True), (PassingDivergenceError, False)])
+def test_a_step_that_would_go_wrong_again_is_certain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[DivergenceError], certain: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise kind("the loss is no number")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["prism", "doctor"])
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert (tmp_path / f"error{NEVER_AGAIN}").exists() == certain == (tmp_path / "error").exists()
