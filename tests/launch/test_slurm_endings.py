@@ -204,7 +204,7 @@ def test_a_second_job_on_an_output_ends_at_once_and_the_first_is_still_queued_ag
 
 def test_the_failures_of_another_job_are_not_this_jobs(job: Played) -> None:
     for number in (1, 2, 3, 4, 5):
-        gone = "" if number % 2 else 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
+        gone = "" if number % 2 == 0 else 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
         assert "failure 1 without progress" in job.end(number=number, squeue=gone)[1]
     assert (job.folder / "runs/x.job").read_text() == "5\n", "whoever runs now is the one to wait for"
 
