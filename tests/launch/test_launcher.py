@@ -43,7 +43,10 @@ echo "$number" > number
 printf '%s|' "$@" >> submitted; echo >> submitted
 echo "$number;cluster"
 """
-SQUEUE = 'for word in "$@"; do [[ ! -e "queued/$word" ]] || echo "$word RUNNING"; done'
+SQUEUE = r"""
+[[ ! -e away ]] || { echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1; }
+for word in "$@"; do [[ ! -e "queued/${word#--jobs=}" ]] || echo "${word#--jobs=} RUNNING"; done
+"""
 
 
 @pytest.fixture
@@ -107,6 +110,12 @@ def test_submitting_again_goes_on_at_the_stage_that_failed(project: Path) -> Non
         ["--parsable", "--dependency=afterok:103:105", "--kill-on-invalid-dep=yes", "runs/it's/last.sbatch"],
     ]
     assert not (project / "runs/it's/second.failures").exists(), "failures before the mending do not count"
+
+    (project / "submitted").unlink()
+    (project / "away").touch()
+    unsure = _launch(project, "slurm", "pipeline.toml")
+    assert unsure.returncode == 1 and "squeue does not say whether job 105 still makes runs/it's/second" in unsure.stderr, unsure.stderr
+    assert not (project / "submitted").exists(), "a job that may be there is not queued a second time"
 
 
 def test_print_shows_the_scripts_and_commands_of_a_chain_that_bash_can_read_and_writes_nothing(project: Path) -> None:
