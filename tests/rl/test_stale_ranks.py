@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import rl_runs
 from multirank import run_ranks
 from training import differing, final_state
@@ -20,6 +21,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_a_rank_that_sees_an_older_folder_goes_on_from_rank_0s_checkpoint(tmp_path: Path) -> None:
     rl_runs.make_inputs(tmp_path)
     outputs = {name: tmp_path / name for name in ("whole", "resumed")}
