@@ -91,6 +91,11 @@ def _keys(name: str, options: CaseConfig) -> dict[str, Any]:
     return {**options.model_dump(mode="json", exclude_none=True), "name": name}
 
 
+def on_gpus(case: Case) -> Case:
+    """The case, which is refused where there is no GPU: whole models would fill the host."""
+    return replace(case, keys={**case.keys, "train": {**case.keys["train"], "device": "cuda"}}) if case.kind == "bench" else case
+
+
 def tiny(case: Case, folder: Path) -> Case:
     """The same layout for eight CPU processes: a model of some layers in a folder, short sequences, few micro-batches, no FP8."""
     if case.kind != "bench":

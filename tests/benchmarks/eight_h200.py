@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ import psutil
 import tomli_w
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from eight_cases import CHECKPOINT_PARAMETERS, LAWS, RANKS, RECIPE, SOURCES, Case, every_case, tiny
+from eight_cases import CHECKPOINT_PARAMETERS, LAWS, RANKS, RECIPE, SOURCES, Case, every_case, on_gpus, tiny
 from eight_tables import CONVENTIONS, MEMORY_GIB, first_kernels, first_line, predict, predicted_table, results_table, seconds_needed
 
 import megatron_prism
@@ -112,10 +113,11 @@ def main() -> None:
         print(text if options.write is None else written(options.write, text))
         return
     options.output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the blocks that it leaves end what they started
     with tempfile.TemporaryDirectory(prefix="eight-", dir=options.scratch) as folder:
         site = Site(options.device, options.output, Path(folder), options.minutes, options.limit or 1e6, options.any_code)
         site.entries = list(entries_of([options.output / RESULTS, *options.earlier]))
-        cases = [tiny(case, Path(folder) / "models") for case in chosen] if options.device == "cpu" else chosen
+        cases = [tiny(case, Path(folder) / "models") if options.device == "cpu" else on_gpus(case) for case in chosen]
         cases = [case for case in cases if options.device == "cuda" or case.name != "law 3, TransformerEngine"]
         run(site, cases)
         table = results_table(cases, site.find, options.device)
@@ -332,9 +334,12 @@ class launched:  # noqa: N801 (reads as a verb where it is used)
 
 
 def last_words(site: Site) -> str:
-    """The last line of the log that names an error, else the last one."""
-    lines = [line for line in (site.output / LOG).read_text(errors="replace").splitlines()[-400:] if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line or line.startswith("error:")), lines[-1])
+    """The last line of the newest launch's log that tells an error, ours before Python's before torchrun's; else its last line."""
+    text = (site.output / LOG).read_text(encoding="utf-8", errors="replace").rpartition("\n=== ")[2]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("error:")]
+    errors = [line for line in lines if "Error" in line and "torch.distributed.elastic" not in line]
+    return [*lines[-1:], *errors[-1:], *ours[-1:]][-1]
 
 
 # --- predictions ---------------------------------------------------------------------------------------------------------------------------------
