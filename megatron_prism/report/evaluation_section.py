@@ -21,6 +21,8 @@ Z = 1.959964
 """of a 95 % interval"""
 DRAWN_TASKS = 12
 Figures = Mapping[str, Any]
+WIDE = 6
+"""columns; in a table of more the intervals stand below"""
 LENGTH_COLUMNS = ("ruler_8k", "ruler_16k", "ruler_32k", "ruler_64k", "ruler_128k")
 MEANS = {"plain": "mean of tasks", "paper": "AVG (code, math, GPQA)"}
 
@@ -36,7 +38,7 @@ class Scored(NamedTuple):
 
 def section(every: Sequence[Artifact], model: str | None) -> str:
     """model: the paper's, whose rows stand below."""
-    evaluations = [one for one in every if one.kind == "evaluate" and one.is_shown]
+    evaluations = in_order(every)
     scored = [entry for one in evaluations for entry in _scored(one, len(evaluations) > 1)]
     tasks = list(dict.fromkeys(task for entry in scored for task in entry.figures.get("tasks", {})))
     short = [task for task in tasks if not _is_by_length(task, scored)]
@@ -49,6 +51,13 @@ def section(every: Sequence[Artifact], model: str | None) -> str:
         parts.notes(_unlike(evaluations)),
     ]
     return parts.section("evaluation", "Evaluation", content) if scored else ""
+
+
+def in_order(every: Sequence[Artifact]) -> list[Artifact]:
+    """The evaluations, by the last of the models that each asked: a model's stands behind that of the model that it was made from."""
+    places = {id(one): place for place, one in enumerate(every)}
+    found = [one for one in every if one.kind == "evaluate" and one.is_shown]
+    return sorted(found, key=lambda one: max((places[id(link.artifact)] for link in one.parents), default=places[id(one)]))
 
 
 def interval(accuracy: float, standard_error: float, questions: int) -> tuple[float, float]:
@@ -88,7 +97,7 @@ def _accuracy(scored: Sequence[Scored], tasks: Sequence[str], printed: Sequence[
         said += paper.notes(printed)
     elif model is None:
         said.append("No model here has the shape of one of the paper's seven; --paper MODEL puts a model's rows beside these.")
-    return parts.table(head, rows, "accuracy by model and task") + parts.notes(said)
+    return parts.table(head, rows, "accuracy by model and task", dense=len(head) > WIDE) + parts.notes(said)
 
 
 def _printed(row: paper.Printed, column: str) -> Cell:

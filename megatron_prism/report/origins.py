@@ -59,10 +59,11 @@ def _why(note: str) -> str:
 
 def _made_from(one: Artifact) -> str:
     """Its parents, each once with the steps that were read."""
-    steps: dict[str, list[str]] = {}
+    steps: dict[str, list[int]] = {}
     for link in one.parents:
-        steps.setdefault(link.artifact.name, []).extend([f"{link.step:,}"] if link.step is not None else [])
-    return ", ".join(name + (f" step{'s' * (len(read) > 1)} {' '.join(read)}" if read else "") for name, read in steps.items())
+        steps.setdefault(link.artifact.name, []).extend([link.step] if link.step is not None else [])
+    shown = {name: " ".join(f"{step:,}" for step in sorted(read)) for name, read in steps.items()}
+    return ", ".join(f"{name} step{'s' * (' ' in read)} {read}" if read else name for name, read in shown.items())
 
 
 def _row(one: Artifact) -> list[str | Cell]:

@@ -92,7 +92,7 @@ def _cards(every: Sequence[Artifact]) -> list[tuple[str, str]]:
         if lines
     ]
     answered = [line["responses"] for one, lines in runs if one.kind == "rl" for line in lines[-2:] if "responses" in line]
-    scores = _asked_alike([one for one in every if one.kind == "evaluate" and one.is_shown])
+    scores = _asked_alike(evaluation_section.in_order(every))
     seconds = [one.seconds for one in every if one.state == "finished" and one.seconds is not None]
     found = []
     if trained:

@@ -13,10 +13,6 @@ from megatron_prism.report.scales import Axis
 __all__ = ["Cell", "figure", "fold", "grid", "lines", "notes", "paragraph", "seconds", "section", "table", "warning"]
 
 
-WIDE = 6
-"""columns; in a table of more the small texts stand below"""
-
-
 class Cell(NamedTuple):
     """A cell of a table. small: stands beside the text, fainter. wrap: a text that may take several lines."""
 
@@ -43,14 +39,13 @@ def heading(text: str, anchor: str = "") -> str:
     return f"<h3{f' id={chr(34)}{anchor}{chr(34)}' if anchor else ''}>{html.escape(text)}</h3>"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell] | Row], label: str) -> str:
-    """The first cell of a row is its name. label: what it shows, for those who hear the page."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell] | Row], label: str, dense: bool = False) -> str:
+    """The first cell of a row is its name. label: what it shows, for those who hear the page. dense: small texts stand below the others."""
     named = [row if isinstance(row, Row) else Row(row) for row in rows]
     kinds = [_kind(row.cells[place] for row in named if row.kind != "group" and place < len(row.cells)) for place in range(len(head))]
     columns = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
     body = "".join(_row(row, kinds) for row in named)
-    dense = " class=dense" if len(head) > WIDE else ""
-    inner = f"<table{dense}><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table>"
+    inner = f"<table{' class=dense' if dense else ''}><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table>"
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label, quote=True)}">{inner}</div>'
 
 

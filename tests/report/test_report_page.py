@@ -175,11 +175,19 @@ def test_the_tile_tells_models_together_that_were_asked_alike(tmp_path):
 
 def test_a_run_of_which_many_checkpoints_were_read_is_named_once_with_its_steps(tmp_path):
     run = trained(tmp_path / "run")
-    steps = [run / "checkpoints" / f"step_{step:08d}" for step in (1000, 2000)]
+    steps = [run / "checkpoints" / f"step_{step:08d}" for step in (2000, 1000)]
     for folder in steps:
         make(folder, "checkpoint", [run])
     text = drawn(make(tmp_path / "analyze", "cka", [*steps, run]))
     assert "<td class=wrap>run steps 1,000 2,000</td>" in text
+
+
+def test_scores_stand_in_the_order_of_the_models_whenever_they_were_taken(tmp_path):
+    base = trained(tmp_path / "base")
+    midtrain = trained(tmp_path / "midtrain", [base])
+    text = drawn(scored(tmp_path / "a", [midtrain], names=["of_midtrain"]), scored(tmp_path / "b", [base], names=["of_base"]))
+    assert text.index("of_base (b)") < text.index("of_midtrain (a)")
+    assert "mean accuracy, of_base → of_midtrain" in text
 
 
 def test_the_tile_of_accuracies_hides_no_fall(tmp_path):
