@@ -12,7 +12,7 @@ from statistics import fmean
 from megatron_prism.report.runs import Artifact, Link, progress
 
 BOX_WIDTH, BOX_HEIGHT, LANE_HEIGHT, COLUMN_GAP, ROW_GAP, MARGIN = 138, 62, 4, 30, 16, 6
-LETTERS = 15
+LETTERS = 14
 GROUPS = {
     **dict.fromkeys(("tokenizer", "prep", "prompts", "ngrams", "positions"), "data"),
     **dict.fromkeys(("train", "extend", "rl", "merge", "convert"), "model"),

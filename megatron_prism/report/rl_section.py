@@ -81,8 +81,10 @@ def _run(one: Artifact) -> str:
 
 
 def _panel(panel: Panel, lines: Lines) -> str:
+    """A line a figure, and of the first one a line a domain: of two figures all domains would be too many to tell apart."""
     names = dict.fromkeys(key for line in lines for key in line)
-    keys = [name for name in names if name.partition("/")[0] in panel.keys]
+    first, *others = panel.keys
+    keys = [name for name in names if name.partition("/")[0] == first or name in others]
     limit = max(100, POINTS // max(1, len(keys)))
     curves = [of_lines(_named(key, panel), lines, key, "step", limit, panel.factor) for key in keys]
     values = [y for curve in curves for _, y in curve.points]

@@ -202,6 +202,13 @@ def test_the_tile_of_many_models_tells_the_ends_the_lowest_and_the_highest(tmp_p
     assert "<span>mean accuracy, a → c → e → g (4 of 7 models: the ends, the lowest, the highest)</span>" in text
 
 
+def test_of_two_figures_in_a_picture_the_first_alone_is_drawn_by_domain(tmp_path):
+    line = {"reward": 0.5, "length": 3.0, "length/gcd": 2.0, "length_max": 9.0, "length_max/gcd": 8.0}
+    line |= {"responses": 8, "tokens": 10, "seconds_per_step": 1.0, "lr": 1e-4}
+    text = rl_section.section(gather([with_log(tmp_path / "rl", [{"step": step, **line} for step in (1, 2)], [{"task": "gcd", "count": 9}])]))
+    assert 'data-name="mean gcd"' in text and 'data-name="longest"' in text and "longest gcd" not in text
+
+
 def with_log(folder, lines, sources):
     prompts = {"prompts_per_step": 4, "sources": sources}
     return make(folder, "rl", files={"metrics.jsonl": lines}, steps=3, prompts=prompts, rollout={"responses_per_prompt": 2})
