@@ -45,7 +45,7 @@ reached() {  # what grows as the work does
 
 ENDING = r"""
 ending() {  # every end comes by here; docs/launch.md has a table of them
-  local status=$? counts=yes refused= job place times=0
+  local status=$? counts=yes refused= job place times=0 later=0
   trap '' TERM
   set +e
   [[ ! -e $PRISM_STOPPED_FILE ]] || { status=75 counts=; }  # it was told to stop, and has saved
@@ -64,9 +64,12 @@ ending() {  # every end comes by here; docs/launch.md has a table of them
 @CLEAR@
   if [[ $counts ]]; then  # how often has it failed since it had got farthest?
     place=$(reached)
-    echo "job $SLURM_JOB_ID at $place: status $status" >> "$PRISM_OUTPUT.failures"
-    times=$(awk -v job="$SLURM_JOB_ID" '$2 == job { if ($4 != unit || $5 + 0 > most) { unit = $4; most = $5 + 0; n = 0 } n++ } END { print n + 0 }' \
-      "$PRISM_OUTPUT.failures" || echo 2)
+    if echo "job $SLURM_JOB_ID at $place: status $status" >> "$PRISM_OUTPUT.failures"; then
+      times=$(awk -v job="$SLURM_JOB_ID" '$2 == job { if ($4 != unit || $5 + 0 > most) { unit = $4; most = $5 + 0; n = 0 } n++ } END { print n + 0 }' \
+        "$PRISM_OUTPUT.failures")
+    fi
+    later=$((10 * times - 10))
+    ((times > 0)) || { times=$((${SLURM_RESTART_COUNT:-0} + 1)) later=10; }  # it cannot be noted: a full disk, perhaps
     echo "status $status at $place: failure $times without progress, of $((PRISM_REQUEUES + 1)) that end this job" >&2
     if ((times > PRISM_REQUEUES)); then
       echo "error: given up: mend what is said above, and submit it again" >&2
@@ -75,7 +78,7 @@ ending() {  # every end comes by here; docs/launch.md has a table of them
   fi
   echo "status $status: queued again" >&2
   patiently scontrol requeue "$SLURM_JOB_ID" || exit "$status"
-  ((times < 2)) || scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$((10 * times - 10))minutes"  # a broken mount may take a while
+  ((later == 0)) || scontrol update JobId="$SLURM_JOB_ID" StartTime="now+${later}minutes"  # a broken mount may take a while
   trap - TERM
   sleep 60  # until Slurm ends this script
   exit "$status"

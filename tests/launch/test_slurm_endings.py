@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -244,10 +245,20 @@ def test_a_setup_may_read_variables_that_are_not_set(job: Played) -> None:
     assert job.requeued == 1
 
 
-def test_failures_that_cannot_be_noted_do_not_keep_a_job_from_going_on(job: Played) -> None:
-    (job.folder / "runs/x.failures").mkdir()
-    assert job.end()[0] == 1
-    assert job.requeued == 1 and job.updated == ["StartTime=now+10minutes"]
+def _cannot_be_opened(failures: Path) -> None:
+    failures.mkdir()
+
+
+def _is_on_a_full_disk(failures: Path) -> None:
+    failures.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("spoil", [_cannot_be_opened, _is_on_a_full_disk])
+def test_failures_that_cannot_be_noted_are_counted_by_slurms_restarts_and_each_waits(job: Played, spoil: Callable[[Path], None]) -> None:
+    spoil(job.folder / "runs/x.failures")
+    said = [job.end(scontrol=SCONTROL.replace("echo 0", f"echo {restarts}"), restarts=restarts)[1] for restarts in range(6)]
+    assert job.requeued == 3 and job.updated == 3 * ["StartTime=now+10minutes"]
+    assert "given up" not in said[2] and all("given up" in words for words in said[3:])
 
 
 # --- ended from outside ------------------------------------------------------------------------------------------------------------------------
