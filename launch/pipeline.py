@@ -1,7 +1,8 @@
 """`prism run PIPELINE.toml`: the steps of a plan in order, skipping what is done, stopping at the first failure with the place to look.
 
 Where a stage runs: one on many ranks under a local torchrun of its own; the others, one after another, in a worker process (launch/worker.py).
-Owns: the order, what is skipped, what is printed. Refuses: to write over an output that is out of date, unless asked to remake it.
+Owns: the order, what is skipped, what is printed. Refuses: to write over an output that is out of date, unless asked to remake it; which these are is
+settled before anything runs, so that nothing that comes up hours later, a disk that fails for a moment among it, removes a finished output.
 """
 
 import shutil
@@ -13,7 +14,7 @@ from typing import Literal
 import typer
 
 from megatron_prism import artifact
-from megatron_prism.errors import UserError
+from megatron_prism.errors import MachineError, UserError
 from megatron_prism.launch.job import STOPPED_EARLY, Outcome, run_local
 from megatron_prism.launch.plan import Step, load_plan
 from megatron_prism.launch.record import Record
@@ -46,11 +47,12 @@ def run_pipeline(path: Path, dry_run: bool = False, remake: bool = False, restar
         raise UserError("\n".join([*wide, f"prism run has this machine alone; queue the chain with prism launch slurm {path}, or set nodes=1"]))
     if not remake:
         refuse_stale(plan)
+    doomed = {step.name for step, state in states(plan) if state.action == "stale"} if remake else set()
     started, ran, record = time.monotonic(), 0, Record(path, plan, runner=True)
     record.write()
     with _Workers(restarts) as workers:
         for number, step in enumerate(plan, 1):
-            ran += _advance(step, f"[{number}/{len(plan)}]", workers, record)
+            ran += _advance(step, f"[{number}/{len(plan)}]", workers, record, step.name in doomed)
     typer.secho(f"pipeline done in {_duration(time.monotonic() - started)}: {ran} run, {len(plan) - ran} skipped", bold=True)
 
 
@@ -91,14 +93,19 @@ class _Workers:
         self._worker = None
 
 
-def _advance(step: Step, label: str, workers: _Workers, record: Record) -> bool:
-    """Bring one step to its end; False when there was nothing to do."""
+def _advance(step: Step, label: str, workers: _Workers, record: Record, doomed: bool) -> bool:
+    """Bring one step to its end; False when there was nothing to do. doomed: it was out of date before the first step began, and is to be remade."""
     state = state_of(step)
     if state.action == "skip":
         typer.secho(f"{label} {step.name}: skip, {step.output} is {state.why}", dim=True)
         return False
     if state.action == "stale":
-        shutil.rmtree(step.output)  # only reached when remaking was asked for: see run_pipeline
+        if not doomed:
+            raise UserError(
+                f"stage {step.name}: {step.output} has come out of date since this command began: {state.why}; nothing of it was removed. "
+                "Choose another output, or start again with --remake to have it removed and made again"
+            )
+        shutil.rmtree(step.output)
     ranks = f" on {step.job.ranks} ranks" if step.parallel else ""
     typer.secho(f"{label} {step.name}: {state.action} {step.job.stage}{ranks}: {state.why}", bold=True)
     started = time.monotonic()
@@ -134,13 +141,15 @@ def states(plan: list[Step]) -> list[tuple[Step, State]]:
 
 
 def state_of(step: Step) -> State:
-    """What running this step now would do."""
+    """What running this step now would do. Errors: MachineError where the file system does not say: that puts nothing out of date."""
     if not artifact.is_complete(step.output):
         begun = artifact.begun_as(step.output) is not None
         return State("continue", f"{step.output} is not complete") if begun else State("run", f"-> {step.output}")
     try:
         artifact.require(step.output)
         reasons = artifact.changes(step.output, step.config, step.module.parents(step.config))
+    except MachineError:
+        raise
     except UserError as error:
         reasons = [str(error)]
     return State("stale", "; ".join(reasons)) if reasons else State("skip", "complete and unchanged")

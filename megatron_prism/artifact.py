@@ -33,7 +33,7 @@ from pydantic import BaseModel
 
 from megatron_prism import __version__, checksums, secrets
 from megatron_prism.checksums import Checksum
-from megatron_prism.config import config_hash, read_resolved, to_toml
+from megatron_prism.config import config_hash, resolved, to_toml
 from megatron_prism.differences import differences
 from megatron_prism.errors import UserError
 
@@ -85,7 +85,7 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
     }
     _check_free(folder, kind, config, parents)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PROVENANCE).is_file():  # finished or not: what made it so far is told
+    if _has(folder, PROVENANCE):  # finished or not: what made it so far is told
         before = _read_json(folder / PROVENANCE)
         session = {key: before[key] for key in SESSION if key in before}
         provenance |= {key: before[key] for key in CARRIED if key in before}
@@ -99,11 +99,12 @@ def begin(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path] = 
 
 
 def _check_free(folder: Path, kind: str, config: BaseModel, parents: Sequence[Path]) -> None:
-    if folder.exists() and not folder.is_dir():
+    there = checksums.is_folder(folder)
+    if not there and folder.exists():
         raise UserError(f"{folder} is a file; an output is a folder: choose another output (output=...)")
-    if not folder.is_dir() or not any(path.suffix != ".tmp" for path in folder.iterdir()):
+    if not there or not any(path.suffix != ".tmp" for path in folder.iterdir()):
         return
-    if not (folder / PROVENANCE).is_file():
+    if not _has(folder, PROVENANCE):
         raise UserError(f"{folder} is not empty and was not made by a stage (no {PROVENANCE} in it); {WAY_OUT}")
     found = _read_json(folder / PROVENANCE)["kind"]
     if found != kind:
@@ -151,7 +152,7 @@ def require(folder: Path, kind: str | None = None, accepted: str | None = None) 
 
     Errors: UserError naming the folder when it is missing, unfinished, of another kind, of a newer schema, or was changed.
     """
-    if not folder.is_dir():
+    if not checksums.is_folder(folder):
         raise UserError(f"{folder} does not exist; run the stage that makes it")
     if not is_complete(folder):
         raise UserError(
@@ -180,10 +181,10 @@ def inside(folder: Path, name: str, named_by: str, links: bool = False) -> Path:
     What a list names is read as data of its folder, so it may not lead elsewhere: by an absolute path, by "..", or through a symbolic link.
     links: those are allowed (a Hugging Face cache keeps every file behind one).
     """
-    root = os.path.realpath(folder)
+    root = checksums.real_path(folder)
     reached = [os.path.normpath(os.path.join(root, name))]  # noqa: PTH118 (the lexical place: Path.resolve follows links before "..")
     if not links:
-        reached.append(os.path.realpath(folder / name))
+        reached.append(checksums.real_path(folder / name))
     if not name or any(os.path.commonpath([place, root]) != root for place in reached):
         raise UserError(
             f"{folder / named_by} names {name!r}, which leads out of {folder}: it can list files of its own folder alone; "
@@ -218,7 +219,7 @@ def verify(folder: Path) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Whether the folder carries its COMPLETE mark. Errors: MachineError where the file system does not say."""
-    return checksums.size_of(folder / COMPLETE) is not None
+    return _has(folder, COMPLETE)
 
 
 def digest(folder: Path) -> str:
@@ -232,7 +233,7 @@ def begun_as(folder: Path) -> str | None:
 
     A stage that can continue half-made work asks before `begin`, and reuses only what the same config made.
     """
-    return str(_read_json(folder / PROVENANCE)["config_hash"]) if (folder / PROVENANCE).is_file() else None
+    return str(_read_json(folder / PROVENANCE)["config_hash"]) if _has(folder, PROVENANCE) else None
 
 
 def is_current(folder: Path, config: BaseModel, parents: Sequence[Path] = ()) -> bool:
@@ -281,7 +282,7 @@ def _config_changes(path: Path, config: BaseModel) -> list[str]:
     """How a stored config differs from another as today's schema reads both: a key that it lacks has its default, so new keys change nothing."""
     stored = _read_toml(path)
     try:
-        before = read_resolved(path, type(config))
+        before = resolved(stored, type(config), where=str(path))
     except UserError:  # keys that left the schema, or values that it allows no more
         return differences(stored, tomllib.loads(to_toml(config))) or ["its config"]
     if config_hash(before) == config_hash(config):
@@ -384,6 +385,10 @@ def _in_words(kind: str) -> str:
 
 def _few(texts: list[str], shown: int = 4) -> str:
     return "; ".join(texts[:shown]) + (f"; and {len(texts) - shown} more" if len(texts) > shown else "")
+
+
+def _has(folder: Path, name: str) -> bool:
+    return checksums.size_of(folder / name) is not None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

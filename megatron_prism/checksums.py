@@ -70,6 +70,22 @@ def size_of(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there. Errors: MachineError where nobody knows."""
+    try:
+        return stat.S_ISDIR(reading(path, path.stat).st_mode)
+    except MISSING:
+        return False
+
+
+def real_path(path: Path) -> str:
+    """`os.path.realpath`, which alone takes a link that it cannot read for none. Errors: MachineError."""
+    try:
+        return reading(path, lambda: os.path.realpath(path, strict=True))
+    except MISSING:
+        return os.path.realpath(path)
+
+
 @dataclass(frozen=True)
 class Checksum:
     """Size of a file, and the xxh3_128 of each of its blocks."""

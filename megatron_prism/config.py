@@ -209,12 +209,12 @@ def validate(data: dict[str, Any], schema: type[Schema], where: str, context: An
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
-def read_resolved(path: Path, schema: type[Schema]) -> Schema:
-    """A config that `to_toml` wrote, with the defaults of today's schema where it lacks a key, and of no other file that a recipe may name.
+def resolved(tables: dict[str, Any], schema: type[Schema], where: str) -> Schema:
+    """A config that `to_toml` wrote, with the defaults of today's schema where it lacks a key. Touches no file, nor any that a recipe may name.
 
-    Errors: UserError as for `load_recipe`.
+    Errors: UserError as for `load_recipe`; so it says something of the tables, never of a disk.
     """
-    return validate(merge(path, []), schema, where=str(path), context=RESOLVED)
+    return validate(_off(tables), schema, where=where, context=RESOLVED)
 
 
 def to_toml(config: BaseModel) -> str:
