@@ -27,6 +27,7 @@ patiently() { for _ in {1..60}; do "$@" && return 0; sleep 30; done; return 1; }
 newest() {  # the step of the newest checkpoint
   local found
   found=$(ls -1d "$PRISM_OUTPUT"/checkpoints/step_????????/COMPLETE 2>/dev/null | tail -n 1)
+  [[ $found == */COMPLETE ]] || found=
   found=${found%/COMPLETE}
   echo "step $((10#0${found##*step_}))"
 }
@@ -65,8 +66,9 @@ ending() {  # every end comes by here; docs/launch.md has a table of them
   if [[ $counts ]]; then  # how often has it failed since it had got farthest?
     place=$(reached)
     if echo "job $SLURM_JOB_ID at $place: status $status" >> "$PRISM_OUTPUT.failures"; then
-      times=$(awk -v job="$SLURM_JOB_ID" '$2 == job { if ($4 != unit || $5 + 0 > most) { unit = $4; most = $5 + 0; n = 0 } n++ } END { print n + 0 }' \
-        "$PRISM_OUTPUT.failures")
+      times=$(awk -v job="$SLURM_JOB_ID" '
+        $2 == job { if ($4 != unit || $5 + 0 > most) { unit = $4; most = $5 + 0; n = 0 } n++ }
+        END { print n + 0 }' "$PRISM_OUTPUT.failures")
     fi
     later=$((10 * times - 10))
     ((times > 0)) || { times=$((${SLURM_RESTART_COUNT:-0} + 1)) later=10; }  # it cannot be noted: a full disk, perhaps

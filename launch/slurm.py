@@ -53,13 +53,15 @@ def sbatch_script(job: Job, cluster: ClusterConfig, name: str, output: Path) -> 
         ending.ALONE,
         ending.functions(job.stage),
         "",
+        "(  # a shell of its own: what is set, changed or trapped from here on does not reach the end above",
         "set -e",
         *setup_lines(cluster),
         *map(_required, cluster.pass_env),
         *_exports(job, cluster),
         *([MEETING] if job.ranks > 1 else []),
         "",
-        f"{_start(job, cluster)} &",
+        _start(job, cluster),
+        ") &",
         "wait $!  # in the background, so that this script hears what Slurm says to it",
     ]
     return "\n".join(parts) + "\n"

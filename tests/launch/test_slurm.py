@@ -29,7 +29,8 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64 --mpi=none \\
     --rdzv-id "$SLURM_JOB_ID" \\
     --max-restarts 0 \\
     --nproc-per-node 8 \\
-    -m megatron_prism train 'recipes/my run.toml' steps=200 &
+    -m megatron_prism train 'recipes/my run.toml' steps=200
+) &
 wait $!  # in the background, so that this script hears what Slurm says to it
 """
 FT_LAUNCHER = TORCHRUN.replace("--max-restarts 0", "--max-restarts 3").replace(
@@ -106,7 +107,7 @@ def test_a_stage_of_one_process_starts_it_alone_in_a_container() -> None:
     place = ClusterConfig(container="/img/my prism.sqsh", mounts=("/data:/data", "/models:/models:ro"))
     script = sbatch_script(Job("merge", Path("merge.toml")), place, "merge", Path("runs/merged"))
     container = f"'--container-image=/img/my prism.sqsh' --container-workdir={Path.cwd()} --container-mounts=/data:/data,/models:/models:ro"
-    start = f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {container} \\\n  python \\\n    -m megatron_prism merge merge.toml &\nwait $!"
+    start = f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {container} \\\n  python \\\n    -m megatron_prism merge merge.toml\n) &\nwait $!"
     assert start in script
     assert "MASTER_ADDR" not in script and "--time" not in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -245,6 +245,22 @@ def test_a_setup_may_read_variables_that_are_not_set(job: Played) -> None:
     assert job.requeued == 1
 
 
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "trap 'touch cleaned' EXIT",
+        "trap 'touch cleaned' EXIT; false",
+        "touch cleaned; shopt -s nullglob",
+        "touch cleaned; cd /; exit 1",
+        "touch cleaned; set -u",
+    ],
+)
+def test_what_a_setup_traps_sets_or_changes_does_not_reach_the_end_of_a_job(job: Played, setup: str) -> None:
+    status, said = job.end(setup=setup + "\njob=4 status=0 times=9")
+    assert status == 1 and job.requeued == 1 and "status 1 at step 0: failure 1 without progress" in said
+    assert (job.folder / "cleaned").exists(), "what a setup wants done at its own end is done"
+
+
 def _cannot_be_opened(failures: Path) -> None:
     failures.mkdir()
 
