@@ -17,7 +17,9 @@ if [[ $found && $found == "$other" ]]; then
   echo "error: job $other makes $PRISM_OUTPUT already; scancel it first, or leave the work to it" >&2
   exit 2
 fi
-[[ $found && $found != *"Invalid job id"* ]] || echo "$SLURM_JOB_ID" > "$PRISM_OUTPUT.job"
+if [[ $other != "$SLURM_JOB_ID" && (! $found || $found == *"Invalid job id"*) ]]; then
+  echo "$SLURM_JOB_ID" > "$PRISM_OUTPUT.job.tmp" && mv "$PRISM_OUTPUT.job.tmp" "$PRISM_OUTPUT.job"  # a full disk leaves the old one
+fi
 rm -f "$PRISM_ERROR_FILE" "$PRISM_ERROR_FILE.never" "$PRISM_STOPPED_FILE"
 """
 

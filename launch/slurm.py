@@ -89,6 +89,8 @@ def queued(output: Path) -> str | None:
     if not record.exists() or shutil.which("squeue") is None:
         return None
     number = record.read_text().strip()
+    if not number.isdecimal():  # it was cut short; of "" squeue would answer for no job
+        return None
     words = ["squeue", "--noheader", "--states=PENDING,RUNNING,SUSPENDED", f"--jobs={number}"]
     found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if found.returncode and "invalid job id" not in found.stderr.lower():

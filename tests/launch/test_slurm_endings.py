@@ -210,6 +210,28 @@ def test_the_failures_of_another_job_are_not_this_jobs(job: Played) -> None:
     assert (job.folder / "runs/x.job").read_text() == "5\n", "whoever runs now is the one to wait for"
 
 
+def test_a_full_disk_does_not_take_the_number_of_the_job_that_makes_an_output(job: Played) -> None:
+    number, beside = job.folder / "runs/x.job", job.folder / "runs/x.job.tmp"
+    number.write_text("4711\n")
+    before = number.stat()
+    job.end()
+    assert (number.stat().st_ino, number.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "what is right is not written again"
+    beside.symlink_to("/dev/full")
+    job.end(number=4712)
+    assert number.read_text() == "4711\n", "what cannot be written whole is not written"
+    beside.unlink()
+    job.end(number=4712)
+    assert number.read_text() == "4712\n" and not beside.exists()
+
+
+@pytest.mark.parametrize("text", ["", "\n", "47 11"])
+def test_a_number_that_was_cut_short_is_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "x.job").write_text(text)
+    asked = play_slurm(tmp_path / "bin", nodes=1, squeue="echo 1 RUNNING; echo 2 RUNNING")  # as Slurm answers `--jobs=`
+    monkeypatch.setenv("PATH", asked["PATH"])
+    assert slurm.queued(tmp_path / "x") is None
+
+
 def test_a_slurm_that_does_not_answer_has_not_said_that_a_job_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.job").write_text("4711\n")
 
