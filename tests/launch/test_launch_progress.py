@@ -1,11 +1,12 @@
 """`--restarts`: failures are counted from where a run had got farthest; bad input ends the first start, and counts as a failure later."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_prism import cli
+from megatron_prism import checksums, cli
 from megatron_prism.errors import ERROR_FILE, NEVER_AGAIN, DivergenceError, PassingDivergenceError
 from megatron_prism.launch import job
 from megatron_prism.launch.progress import Failures
@@ -53,6 +54,44 @@ def test_without_checkpoints_they_count_from_the_largest_output(tmp_path: Path) 
     assert found == [1, 2, 3, 1, 2] and failures.place == "bytes 11"
 
 
+def test_a_file_that_goes_while_the_output_is_measured_is_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed_then_gone(folder: Path) -> list[tuple[str, list[str], list[str]]]:
+        found = list(walk(folder))
+        (tmp_path / "part").unlink(missing_ok=True)
+        return found
+
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", listed_then_gone)
+    (tmp_path / "part").write_text("xxx")
+    (tmp_path / "responses").write_text("x")
+    failures = Failures("evaluate", tmp_path)
+    failures.note()
+    assert (failures.times, failures.place) == (1, "bytes 1")
+
+
+def test_a_checkpoint_that_the_disk_does_not_tell_of_is_no_progress_and_ends_no_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "RETRY_SECONDS", 0.0)
+    failures = Failures("train", tmp_path)
+    _save(tmp_path, 8)
+    failures.note()
+    mark = tmp_path / "checkpoints/step_00000009/COMPLETE"
+    mark.parent.mkdir()
+    mark.symlink_to(mark)  # the kernel answers ELOOP, neither that it is there nor that it is not
+    failures.note()
+    assert (failures.times, failures.place) == (2, "step 8")
+    assert _starts(tmp_path, monkeypatch, "fails fails fails fails") == (1, 3)
+
+
+def _starts(folder: Path, monkeypatch: pytest.MonkeyPatch, sessions: str) -> tuple[int, int]:
+    """The status of a job of such sessions under `--restarts 2` whose output is the folder, and how often it was started."""
+    seen = folder / "starts"
+    seen.touch()
+    monkeypatch.setattr(job, "torchrun_argv", lambda asked: [sys.executable, "-c", SESSION, str(seen), sessions])
+    monkeypatch.setattr(job, "SECONDS_MORE", 0.0)
+    outcome = job.run_local(job.Job(stage="train"), folder / "log", folder, restarts=2)
+    return outcome.status, len(seen.read_text())
+
+
 @pytest.mark.parametrize(
     ("sessions", "starts", "status"),
     [("refuses", 1, 2), ("fails refuses refuses fails", 3, 2), ("fails certain fails", 2, 2), ("fails fails fails fails", 3, 1)],
@@ -60,12 +99,7 @@ def test_without_checkpoints_they_count_from_the_largest_output(tmp_path: Path) 
 def test_bad_input_ends_the_first_start_and_is_a_failure_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sessions: str, starts: int, status: int
 ) -> None:
-    seen = tmp_path / "starts"
-    seen.touch()
-    monkeypatch.setattr(job, "torchrun_argv", lambda asked: [sys.executable, "-c", SESSION, str(seen), sessions])
-    monkeypatch.setattr(job, "SECONDS_MORE", 0.0)
-    outcome = job.run_local(job.Job(stage="train"), tmp_path / "log", tmp_path / "run", restarts=2)
-    assert (outcome.status, len(seen.read_text())) == (status, starts)
+    assert _starts(tmp_path, monkeypatch, sessions) == (status, starts)
 
 
 @pytest.mark.parametrize(("kind", "certain"), [(DivergenceError, True), (PassingDivergenceError, False)])
