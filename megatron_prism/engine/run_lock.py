@@ -35,7 +35,6 @@ def held(output: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0" or (output.exists() and not output.is_dir()):  # `artifact.begin` says what is wrong with a file
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
     with _taken(output) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n{_life(os.getpid())}")
@@ -56,10 +55,10 @@ def is_held(output: Path) -> bool:
 
 
 def _taken(output: Path) -> IO[str]:
-    """The file, locked; where it cannot be, as it is. Errors: as `held`'s."""
+    """The file, locked, in a folder that is made where it is not there; where it cannot be locked, as it is. Errors: as `held`'s."""
     path, end = output / FILE, None
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = _opened(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -82,9 +81,25 @@ def _taken(output: Path) -> IO[str]:
         file.close()  # whoever had it has just removed it
 
 
+def _opened(path: Path) -> IO[str]:
+    """The file, in a folder that is made where it is not there: whoever had it and began nothing removes that at any moment."""
+    while True:
+        try:
+            return path.open("a+", encoding="utf-8")
+        except FileNotFoundError:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:  # removed while mkdir asked what it is; else a link that leads nowhere
+                if os.path.lexists(error.filename) and not Path(error.filename).is_dir():
+                    raise
+
+
 def _is_named(file: IO[str], path: Path) -> bool:
     """Whether the open file is the one of this name."""
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (FileNotFoundError, NotADirectoryError):  # asked in one go: it may be removed at any moment
+        return False
 
 
 def _refusal(output: Path, who: str, life: str) -> UserError:

@@ -1,6 +1,7 @@
 """Two runs in one folder: the second waits, and is refused where the first is seen to live; a kill leaves no lock, and a lost machine's may pass."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,20 +14,20 @@ from megatron_prism.engine import run_lock
 from megatron_prism.errors import MachineError, UserError
 
 HOLDS = """
-import sys, time
+import sys
 from pathlib import Path
 from megatron_prism.engine import run_lock
 with run_lock.held(Path(sys.argv[1])):
     if len(sys.argv) > 2:
         (Path(sys.argv[1]) / run_lock.FILE).write_text(sys.argv[2])
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def hold(run: Path, *words: str) -> "subprocess.Popen[str]":
-    """Another process that has the folder; words: what its file says instead."""
-    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(run), *words], stdout=subprocess.PIPE, text=True)
+    """Another process that has the folder until its input is closed; words: what its file says instead."""
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(run), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     return other
 
@@ -75,6 +76,44 @@ def test_a_folder_is_waited_for(tmp_path: Path, other, monkeypatch: pytest.Monke
     threading.Timer(0.5, other.kill).start()
     with run_lock.held(tmp_path / "run"):
         assert run_lock.is_held(tmp_path / "run")
+
+
+def test_who_waits_gets_the_folder_that_its_holder_removes_because_it_began_nothing(tmp_path: Path, other, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 60.0)
+    threading.Timer(0.5, other.stdin.close).start()
+    with run_lock.held(tmp_path / "run"):
+        assert run_lock.is_held(tmp_path / "run") and str(os.getpid()) in (tmp_path / "run" / run_lock.FILE).read_text()
+
+
+MOMENTS = ["mkdir", "open", "stat", "exists"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_folder_may_vanish_at_any_moment_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """As when its holder leaves: right after it was made, opened, or asked for (if it is at all); before its file is asked whether it is the one."""
+    run, right, gone = tmp_path / "run", getattr(Path, moment), []
+    if moment != "mkdir":
+        run.mkdir()
+
+    def vanishing(path: Path, *words: object, **more: object) -> object:
+        first = not gone and path in ((run, run / run_lock.FILE) if moment in ("mkdir", "open") else (run / run_lock.FILE,))
+        if first and moment == "stat":
+            gone.append(shutil.rmtree(run))
+        found = right(path, *words, **more)
+        if first and moment != "stat":
+            gone.append(shutil.rmtree(run))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, moment, vanishing)
+        with run_lock.held(run):
+            assert run_lock.is_held(run) and str(os.getpid()) in (run / run_lock.FILE).read_text()
+
+
+def test_a_link_that_leads_nowhere_is_an_error_and_no_endless_try(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError), run_lock.held(tmp_path / "run"):
+        pass
 
 
 def test_a_run_whose_file_was_removed_leaves_that_of_the_next_one(tmp_path: Path) -> None:
