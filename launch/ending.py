@@ -5,8 +5,16 @@ again what somebody cancelled, what Slurm has queued again itself, and bad input
 Progress is the newest checkpoint's step. Where a stage saves none it is the bytes of its output, which grow with its finished work.
 """
 
+import shlex
+
 WITH_CHECKPOINTS = frozenset({"train", "extend", "rl"})
 """stages whose progress is their newest checkpoint alone: before the first one their logs grow too"""
+ASIDE = ("provenance.json", "trackers.json", "wandb", "tensorboard", "*.log", "*.tmp")
+"""files and folders that grow in an output without its work, at each start anew"""
+BRIEF_MINUTES = 60
+"""what fails sooner after its start counts for good, whatever its output grew by; a time limit that a stage is not told of comes later"""
+BRIEF_TIMES = 10
+"""so many times `requeues` such failures end a job"""
 
 ALONE = r"""
 # one job at a time makes an output
@@ -41,14 +49,14 @@ REACHED_BYTES = r"""
 reached() {  # what grows as the work does
   [[ ! -d $PRISM_OUTPUT/checkpoints ]] || { newest; return 0; }
   local bytes
-  bytes=$(du --summarize --bytes --exclude=provenance.json "$PRISM_OUTPUT" 2>/dev/null | cut -f 1)
+  bytes=$(du --summarize --bytes @ASIDE@ "$PRISM_OUTPUT/." 2>/dev/null | cut -f 1)
   echo "bytes ${bytes:-0}"
 }
 """
 
 ENDING = r"""
 ending() {  # every end comes by here; docs/launch.md has a table of them
-  local status=$? counts=yes refused= job place times=0 later=0
+  local status=$? counts=yes refused= job place times=0 brief=0 later=0
   trap '' TERM
   set +e
   [[ ! -e $PRISM_STOPPED_FILE ]] || { status=75 counts=; }  # it was told to stop, and has saved
@@ -67,15 +75,16 @@ ending() {  # every end comes by here; docs/launch.md has a table of them
 @CLEAR@
   if [[ $counts ]]; then  # how often has it failed since it had got farthest?
     place=$(reached)
-    if echo "job $SLURM_JOB_ID at $place: status $status" >> "$PRISM_OUTPUT.failures"; then
-      times=$(awk -v job="$SLURM_JOB_ID" '
-        $2 == job { if ($4 != unit || $5 + 0 > most) { unit = $4; most = $5 + 0; n = 0 } n++ }
-        END { print n + 0 }' "$PRISM_OUTPUT.failures")
+    if echo "job $SLURM_JOB_ID at $place: status $status after $((SECONDS / 60)) minutes" >> "$PRISM_OUTPUT.failures"; then
+      read -r times brief < <(awk -v job="$SLURM_JOB_ID" '
+        $2 == job { if ($4 != unit || $5 + 0 > most) { unit = $4; most = $5 + 0; n = 0 } n++; brief += $4 == "bytes" && $(NF - 1) < @MINUTES@ }
+        END { print n + 0, brief + 0 }' "$PRISM_OUTPUT.failures")
     fi
     later=$((10 * times - 10))
     ((times > 0)) || { times=$((${SLURM_RESTART_COUNT:-0} + 1)) later=10; }  # it cannot be noted: a full disk, perhaps
     echo "status $status at $place: failure $times without progress, of $((PRISM_REQUEUES + 1)) that end this job" >&2
-    if ((times > PRISM_REQUEUES)); then
+    ((brief <= @TIMES@ * PRISM_REQUEUES)) || echo "and $brief failures within an hour of a start, whatever the output grew by" >&2
+    if ((times > PRISM_REQUEUES || brief > @TIMES@ * PRISM_REQUEUES)); then
       echo "error: given up: mend what is said above, and submit it again" >&2
       exit "$status"
     fi
@@ -101,5 +110,13 @@ CLEAR_SHARED_MEMORY = r"""
 def functions(stage: str) -> str:
     """The shell functions of a script, and the traps that call them. They read PRISM_OUTPUT, PRISM_REQUEUES and the variables of the two files."""
     reached = REACHED_STEPS if stage in WITH_CHECKPOINTS else REACHED_BYTES
-    clear = CLEAR_SHARED_MEMORY if stage == "rl" else ""
-    return (PROGRESS + reached + ENDING.replace("@CLEAR@\n", clear.lstrip("\n"))).strip("\n")
+    filled = {
+        "@CLEAR@\n": CLEAR_SHARED_MEMORY.lstrip("\n") if stage == "rl" else "",
+        "@ASIDE@": " ".join(f"--exclude={shlex.quote(name)}" for name in ASIDE),
+        "@MINUTES@": str(BRIEF_MINUTES),
+        "@TIMES@": str(BRIEF_TIMES),
+    }
+    text = PROGRESS + reached + ENDING
+    for mark, words in filled.items():
+        text = text.replace(mark, words)
+    return text.strip("\n")

@@ -133,11 +133,12 @@ def run_local(job: Job, log: Path, output: Path | None = None, restarts: int = 0
     failures = Failures(job.stage, output)
     told: list[int] = []
     while True:
+        began = time.monotonic()
         outcome = _run_once(job, log, told)
         if told or outcome.status in (0, STOPPED_EARLY) or outcome.is_certain or (outcome.status == 2 and not failures.times):
             return outcome
-        failures.note()
-        if failures.times > restarts:
+        failures.note(time.monotonic() - began)
+        if failures.is_over(restarts):
             return outcome
         typer.secho(f"failed ({outcome.message}); start {failures.times} of at most {restarts} at {failures.place}", fg="yellow", err=True)
         time.sleep(SECONDS_MORE * (failures.times - 1))

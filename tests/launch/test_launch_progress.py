@@ -37,7 +37,7 @@ def test_failures_count_from_the_farthest_checkpoint(tmp_path: Path) -> None:
         if step:
             _save(tmp_path, step)
         (tmp_path / "metrics.jsonl").write_text("x" * len(found))
-        failures.note()
+        failures.note(1.0)
         found.append(failures.times)
         if step == 200:
             (tmp_path / "checkpoints/step_00000200/COMPLETE").unlink()
@@ -49,9 +49,25 @@ def test_without_checkpoints_they_count_from_the_largest_output(tmp_path: Path) 
     for length in (10, 10, 4, 11, 11):
         (tmp_path / "responses").write_text("x" * length)
         (tmp_path / "provenance.json").write_text("{}" * len(found))
-        failures.note()
+        failures.note(1.0)
         found.append(failures.times)
     assert found == [1, 2, 3, 1, 2] and failures.place == "bytes 11"
+
+
+def test_what_grows_at_each_start_is_no_progress_and_no_growth_saves_what_fails_at_every_start(tmp_path: Path) -> None:
+    failures = Failures("evaluate", tmp_path / "a.log")  # its own name is not looked at
+    (tmp_path / "a.log/wandb").mkdir(parents=True)
+    for length in range(3):
+        for name in ("generation.log", "part.tmp", "wandb/run", "trackers.json"):
+            (tmp_path / "a.log" / name).write_text("x" * length)
+        failures.note(1.0)
+    assert failures.times == 3
+    ends = []
+    for seconds in (*range(7), 3600, 3600, 7):
+        (tmp_path / "a.log/responses").write_text("x" * (len(ends) + 1))
+        failures.note(seconds)
+        ends.append(failures.is_over(1))
+    assert failures.times == 1 and ends == 9 * [False] + [True]
 
 
 def test_a_file_that_goes_while_the_output_is_measured_is_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +81,7 @@ def test_a_file_that_goes_while_the_output_is_measured_is_none_of_it(tmp_path: P
     (tmp_path / "part").write_text("xxx")
     (tmp_path / "responses").write_text("x")
     failures = Failures("evaluate", tmp_path)
-    failures.note()
+    failures.note(1.0)
     assert (failures.times, failures.place) == (1, "bytes 1")
 
 
@@ -73,11 +89,11 @@ def test_a_checkpoint_that_the_disk_does_not_tell_of_is_no_progress_and_ends_no_
     monkeypatch.setattr(checksums, "RETRY_SECONDS", 0.0)
     failures = Failures("train", tmp_path)
     _save(tmp_path, 8)
-    failures.note()
+    failures.note(1.0)
     mark = tmp_path / "checkpoints/step_00000009/COMPLETE"
     mark.parent.mkdir()
     mark.symlink_to(mark)  # the kernel answers ELOOP, neither that it is there nor that it is not
-    failures.note()
+    failures.note(1.0)
     assert (failures.times, failures.place) == (2, "step 8")
     assert _starts(tmp_path, monkeypatch, "fails fails fails fails") == (1, 3)
 

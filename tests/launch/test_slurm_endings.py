@@ -40,8 +40,8 @@ class Played:
         self.output.mkdir(parents=True)
 
     def start(self, srun: str = FAILS, *, stage: str = "train", number: int = 4711, restarts: int = 0, **more: str) -> subprocess.Popen[str]:
-        """One session. srun: what it does; more: programs, and `setup` of the cluster file."""
-        place = ClusterConfig(setup=more.pop("setup", ""))
+        """One session. srun: what it does; more: programs, `setup` and `requeues` of the cluster file."""
+        place = ClusterConfig(setup=more.pop("setup", ""), requeues=int(more.pop("requeues", "3")))
         script = slurm.sbatch_script(Job(stage, Path("x.toml"), ranks=2, nodes=2), place, "x", Path("runs/x"))
         env = {**os.environ, **play_slurm(self.folder / "bin", nodes=2, srun=srun, **more), "SLURM_JOB_ID": str(number)}
         env |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
@@ -135,6 +135,24 @@ def test_a_stage_without_checkpoints_reaches_its_time_limit_as_often_as_its_outp
     begins_anew = 'echo "$RANDOM$RANDOM$RANDOM" >> runs/x/provenance.json; ' + IS_ENDED
     said = [job.end(begins_anew, stage="prompts")[1] for _ in range(3)]
     assert job.requeued == 11 and "given up" in said[-1]
+
+
+def test_what_grows_in_an_output_at_each_failing_start_is_no_progress(job: Played) -> None:
+    begins = "mkdir -p runs/x/wandb runs/x/tensorboard runs/x/servers; for name in generation.log servers/0.log part.tmp wandb/a tensorboard/b "
+    for _ in range(4):
+        _, said = job.end(begins + 'trackers.json provenance.json; do echo "one more start" >> runs/x/$name; done; exit 1', stage="evaluate")
+    assert job.requeued == 3 and "given up" in said
+
+
+def test_a_stage_whose_every_start_fails_is_given_up_whatever_its_output_grows_by(job: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    grows = "echo more >> runs/x/notes; exit 1"
+    said = [job.end(grows, stage="evaluate", requeues="1")[1] for _ in range(11)]
+    assert job.requeued == 10 and "given up" not in said[9]
+    assert "and 11 failures within an hour of a start, whatever the output grew by" in said[10] and "given up" in said[10]
+    monkeypatch.setenv("SECONDS", "3600")  # of this job's shell: how long ago it began
+    for _ in range(12):
+        job.end(grows, stage="evaluate", requeues="1", number=4712)
+    assert job.requeued == 22, "short time limits do not end a stage that goes on where it was"
 
 
 def test_a_training_whose_log_alone_grows_makes_no_progress(job: Played) -> None:
@@ -257,7 +275,7 @@ def test_a_controller_that_does_not_answer_for_a_while_costs_no_job(job: Played,
 
 def test_a_folder_that_is_away_when_a_job_begins_is_a_failure_and_no_bad_input(job: Played) -> None:
     assert job.end(setup="ls /not/mounted/venv")[0] == 2, "the status of ls, which is none of ours"
-    assert job.requeued == 1 and (job.folder / "runs/x.failures").read_text() == "job 4711 at step 0: status 2\n"
+    assert job.requeued == 1 and (job.folder / "runs/x.failures").read_text() == "job 4711 at step 0: status 2 after 0 minutes\n"
     assert job.end(scontrol=SCONTROL.replace("NodeAddr", "Nothing"))[0] != 0
     assert job.requeued == 2
 
