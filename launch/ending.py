@@ -56,7 +56,7 @@ reached() {  # what grows as the work does
 
 ENDING = r"""
 ending() {  # every end comes by here; docs/launch.md has a table of them
-  local status=$? counts=yes refused= job place times=0 brief=0 later=0
+  local status=$? counts=yes refused= job preempted= place times=0 brief=0 later=0
   trap '' TERM
   set +e
   [[ ! -e $PRISM_STOPPED_FILE ]] || { status=75 counts=; }  # it was told to stop, and has saved
@@ -68,10 +68,13 @@ ending() {  # every end comes by here; docs/launch.md has a table of them
   # what is refused before anything was done, or would come to the same again; later it may be a fault that passes
   if [[ $refused == never || $refused && $(newest) == "step 0" && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then exit 2; fi
 
-  job=$(patiently scontrol --oneliner show job "$SLURM_JOB_ID")
+  job=$(SLURM_TIME_FORMAT=standard patiently scontrol --oneliner show job "$SLURM_JOB_ID")
   [[ -z $job || $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || exit "$status"  # Slurm has queued it again itself
-  [[ $job != *" JobState=COMPLETING "* || $job == *" Reason=TimeLimit "* || $job == *" PreemptTime="[0-9]* ]] || exit "$status"  # cancelled
-  [[ $job != *" PreemptTime="[0-9]* ]] || counts=  # who makes room for others has not failed
+  # a job that was suspended for others some time ago, and went on, keeps that time as its PreemptTime
+  [[ ! $job =~ " PreemptTime="([0-9][^ ]*) ]] || preempted=$(date +%s --date="${BASH_REMATCH[1]}")
+  ((preempted > $(date +%s) - 3600)) || preempted=
+  [[ $job != *" JobState=COMPLETING "* || $job == *" Reason=TimeLimit "* || $preempted ]] || exit "$status"  # cancelled
+  [[ ! $preempted ]] || counts=  # who makes room for others has not failed
 @CLEAR@
   if [[ $counts ]]; then  # how often has it failed since it had got farthest?
     place=$(reached)

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ WAITS = "echo $$ > pid; touch started; exec /bin/sleep 600 > /dev/null 2>&1"
 ONCE = '[[ -e been ]] || { touch been; echo "Unable to contact slurm controller" >&2; exit 1; }'
 CANCELLED = "JobState=COMPLETING Reason=None"
 TIMED_OUT = "JobState=COMPLETING Reason=TimeLimit"
-PREEMPTED = "PreemptTime=2026-11-23T13:24:58"
+
+
+def preempted(minutes_ago: int) -> str:
+    """What Slurm says of it, in the time of this place."""
+    return f"PreemptTime={datetime.now() - timedelta(minutes=minutes_ago):%Y-%m-%dT%H:%M:%S}"
 
 
 class Played:
@@ -161,12 +166,14 @@ def test_a_training_whose_log_alone_grows_makes_no_progress(job: Played) -> None
     assert job.requeued == 3 and "given up" in said and status == 1
 
 
-def test_who_was_told_to_stop_or_makes_room_for_others_has_not_failed(job: Played) -> None:
+def test_who_was_told_to_stop_or_makes_room_for_others_has_not_failed(job: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(6):
         assert job.end(STOPS)[0] == 75
-    (job.folder / "state").write_text(f"JobState=RUNNING Reason=None {PREEMPTED}")
+    (job.folder / "state").write_text(f"JobState=RUNNING Reason=None {preempted(0)}")
+    as_the_user_likes = '[[ "$*" != *"show job"* || ${SLURM_TIME_FORMAT:-standard} == standard ]] || rm -f state\n'
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
     for _ in range(6):
-        assert job.end(IS_ENDED)[0] == 143
+        assert job.end(IS_ENDED, scontrol=as_the_user_likes + SCONTROL)[0] == 143
     assert job.requeued == 12 and not (job.folder / "runs/x.failures").exists()
 
 
@@ -326,9 +333,18 @@ def test_a_job_that_meets_its_time_limit_itself_is_queued_again_and_counts(job: 
 
 
 def test_a_job_that_is_preempted_by_being_ended_is_queued_again_and_does_not_count(job: Played) -> None:
-    for _ in range(6):
-        assert job.end_from_outside(f"{CANCELLED} {PREEMPTED}")[0] == 143
+    for minutes_ago in (0, 0, 1, 5, 30, 50):
+        assert job.end_from_outside(f"{CANCELLED} {preempted(minutes_ago)}")[0] == 143
     assert job.requeued == 6
+
+
+def test_a_job_that_was_suspended_for_others_and_went_on_stays_cancelled_and_its_failures_count(job: Played) -> None:
+    assert job.end_from_outside(f"{CANCELLED} {preempted(90)}")[0] == 143
+    assert job.requeued == 0
+    (job.folder / "state").write_text(f"JobState=RUNNING Reason=None {preempted(90)}")
+    assert "failure 1 without progress" in job.end()[1]
+    (job.folder / "state").write_text("JobState=RUNNING Reason=None PreemptTime=yesterday_or_so")
+    assert "failure 2 without progress" in job.end()[1]
 
 
 def test_a_job_that_somebody_cancelled_stays_cancelled_also_where_it_had_the_time_to_save(job: Played) -> None:
