@@ -14,7 +14,7 @@ from typing import Literal
 import typer
 
 from megatron_prism import artifact
-from megatron_prism.errors import MachineError, UserError
+from megatron_prism.errors import NOT_KNOWN, UserError
 from megatron_prism.launch.job import STOPPED_EARLY, Outcome, run_local
 from megatron_prism.launch.plan import Step, load_plan
 from megatron_prism.launch.record import Record
@@ -141,14 +141,14 @@ def states(plan: list[Step]) -> list[tuple[Step, State]]:
 
 
 def state_of(step: Step) -> State:
-    """What running this step now would do. Errors: MachineError where the file system does not say: that puts nothing out of date."""
+    """What running this step now would do. Errors: NOT_KNOWN where the file system does not say: that puts nothing out of date."""
     if not artifact.is_complete(step.output):
         begun = artifact.begun_as(step.output) is not None
         return State("continue", f"{step.output} is not complete") if begun else State("run", f"-> {step.output}")
     try:
         artifact.require(step.output)
         reasons = artifact.changes(step.output, step.config, step.module.parents(step.config))
-    except MachineError:
+    except NOT_KNOWN:
         raise
     except UserError as error:
         reasons = [str(error)]

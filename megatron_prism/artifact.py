@@ -218,7 +218,7 @@ def verify(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder carries its COMPLETE mark. Errors: MachineError where the file system does not say."""
+    """Whether the folder carries its COMPLETE mark. Errors: NOT_KNOWN where the file system does not say."""
     return _has(folder, COMPLETE)
 
 
@@ -408,7 +408,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path) -> bytes:
-    """Errors: MachineError where the file system refuses it, which no advice to remove a folder may follow; UserError where it is not there."""
+    """Errors: NOT_KNOWN where the file system refuses it, which no advice to remove a folder may follow; UserError where it is not there."""
     try:
         return checksums.reading(path, path.read_bytes)
     except checksums.MISSING as error:

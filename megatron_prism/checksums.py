@@ -5,7 +5,8 @@
 Each block of 16 MiB has its own, so that who reads a part of a file compares just the blocks that the part lies in, and several ranks can share a
 large file. xxh3 finds damage, not tampering: whoever can change a file can change the table. No torch here; called on any rank.
 A file that is missing, cut short or other than written is damaged; one that the file system will not give out at present (EIO, a stale handle) is not
-known to be: it is asked once more after a moment, and then the error is the machine's. Refuses: a table that is none, or is of a newer schema.
+known to be: it is asked once more after a moment, and then the error is the machine's. Nor is one that this user may not read, which is said at once.
+Refuses: a table that is none, or is of a newer schema.
 """
 
 import errno
@@ -21,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 import xxhash
 
-from megatron_prism.errors import MachineError, UserError
+from megatron_prism.errors import MachineError, UnreadableError, UserError
 
 TABLE = "checksums.json"
 SCHEMA_VERSION = 1
@@ -33,6 +34,13 @@ RETRY_SECONDS = 2.0
 """after which a read that the file system refused is tried once more"""
 MISSING = (FileNotFoundError, NotADirectoryError)
 """errors that say that a file is not there; all others say that nobody knows"""
+FOR_PEOPLE = {
+    errno.EACCES: "give this user leave to read it and to enter every folder above it (has a ticket run out?)",
+    errno.EPERM: "give this user leave to read it and to enter every folder above it (has a ticket run out?)",
+    errno.EISDIR: "a folder lies where a file belongs: move it away, and bring the file back from a copy",
+    errno.ELOOP: "symbolic links lead round in a ring: put the file, or a link to it, in their place",
+}
+"""errors that no waiting mends, and what does"""
 Found = TypeVar("Found")
 
 
@@ -41,28 +49,35 @@ class DamagedError(UserError):
 
 
 def reading(path: Path, read: Callable[[], Found]) -> Found:
-    """What `read` finds in a file. Errors: MISSING as they are; MachineError where the file system refuses it twice: no file is damaged for that."""
+    """What `read` finds in a file. Errors: MISSING as they are; MachineError where the file system refuses it twice, UnreadableError where it would
+    for ever: no file is damaged for that."""
     try:
         return read()
     except MISSING:
         raise
-    except OSError:
+    except OSError as error:
+        if error.errno in FOR_PEOPLE:
+            raise UnreadableError(_unread(path, error, f"Mend it first: {FOR_PEOPLE[error.errno]}")) from None
         time.sleep(RETRY_SECONDS)  # a server that comes back, a handle that is looked up anew
     try:
         return read()
     except MISSING:
         raise
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "no number")
-        raise MachineError(
-            f"{path} could not be read, nor {RETRY_SECONDS:g} s later: {error.strerror or error} ({name}). That does not say that it is damaged, and "
-            "nothing was changed for it. Start the same command again; if it stays so, have the disk or its server mended, or bring the file back "
-            "from a copy"
-        ) from None
+        way_out = "Start the same command again; if it stays so, have the disk or its server mended, or bring the file back from a copy"
+        raise MachineError(_unread(path, error, way_out, f", nor {RETRY_SECONDS:g} s later")) from None
+
+
+def _unread(path: Path, error: OSError, way_out: str, again: str = "") -> str:
+    name = errno.errorcode.get(error.errno or 0, "no number")
+    return (
+        f"{path} could not be read{again}: {error.strerror or error} ({name}). That does not say that it is damaged, and nothing was changed for it. "
+        f"{way_out}"
+    )
 
 
 def size_of(path: Path) -> int | None:
-    """The size of a file in bytes; None where there is none. Errors: MachineError where nobody knows."""
+    """The size of a file in bytes; None where there is none. Errors: as `reading`'s, where nobody knows."""
     try:
         found = reading(path, path.stat)
     except MISSING:
@@ -71,7 +86,7 @@ def size_of(path: Path) -> int | None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there. Errors: MachineError where nobody knows."""
+    """Whether a folder is there. Errors: as `reading`'s, where nobody knows."""
     try:
         return stat.S_ISDIR(reading(path, path.stat).st_mode)
     except MISSING:
@@ -79,7 +94,7 @@ def is_folder(path: Path) -> bool:
 
 
 def real_path(path: Path) -> str:
-    """`os.path.realpath`, which alone takes a link that it cannot read for none. Errors: MachineError."""
+    """`os.path.realpath`, which alone takes a link that it cannot read for none. Errors: as `reading`'s."""
     try:
         return reading(path, lambda: os.path.realpath(path, strict=True))
     except MISSING:

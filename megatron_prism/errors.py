@@ -14,6 +14,14 @@ class MachineError(UserError):
     """A disk or a network that failed, perhaps for now: status 1, and the launcher may start the same command again, as after a crash."""
 
 
+class UnreadableError(UserError):
+    """A file that this user may not read, or whose name leads to none: somebody has to mend that. What it holds is not known."""
+
+
+NOT_KNOWN = (MachineError, UnreadableError)
+"""Errors after which nobody knows what lies there: nothing is taken for damaged, unfinished or out of date because of them."""
+
+
 class DivergenceError(RuntimeError):
     """A training step that went wrong in a way that its recipe does not let it go on from; the newest checkpoint is from before.
 

@@ -35,7 +35,7 @@ from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.run_folder import STATE, STATE_SCHEMA_VERSION, complete_steps, read_state, step_folder
 from megatron_prism.engine.saving import Background, carry_out, check_room, reporting, save_sharded, warn_of_little_room
 from megatron_prism.engine.step import Engine
-from megatron_prism.errors import MachineError, UserError
+from megatron_prism.errors import NOT_KNOWN, UserError
 
 logger = logging.getLogger(__name__)
 SHARDED = "sharded"
@@ -84,7 +84,7 @@ def save(
             if after is not None:
                 after()
             warn_of_little_room(folder, needed)
-        except (OSError, MachineError) as error:  # this one is good, and others may be gone already: to give it up now could leave none
+        except (OSError, *NOT_KNOWN) as error:  # this one is good, and others may be gone already: to give it up now could leave none
             logger.warning("%s is saved; what follows a save failed: %s", folder, error)
 
     try:

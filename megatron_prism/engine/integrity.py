@@ -2,7 +2,7 @@
 
 A damaged checkpoint ends the run with the file, what was expected and what was found, and names the newest one before it that is whole; or, where the
 recipe says so, the run goes on from that one, and the damaged folder stays beside it under a name that nobody reads. Called on every rank.
-A file that cannot be read at present is no damage: it ends the run with the machine's error, and no folder is set aside for it.
+A file that cannot be read is no damage: it ends the run with an error of its own, and no folder is set aside for it.
 Owns: that choice. Refuses: a run of which no complete checkpoint is whole (it would begin anew in silence).
 """
 
@@ -17,7 +17,7 @@ from megatron_prism import artifact, checksums
 from megatron_prism.checksums import Checksum, DamagedError
 from megatron_prism.engine import run_folder
 from megatron_prism.engine.ranks import on_all, on_main
-from megatron_prism.errors import MachineError, UserError
+from megatron_prism.errors import NOT_KNOWN, UserError
 
 logger = logging.getLogger(__name__)
 OnCorrupt = Literal["refuse", "previous"]
@@ -104,7 +104,7 @@ def _expected(checkpoint: Path) -> tuple[dict[str, Checksum], list[str]]:
         if expected is None and not wrong:
             artifact.require(checkpoint)
             logger.warning("%s has no checksums, it was written by an earlier version: sizes of files are all that was compared", checkpoint)
-    except MachineError:  # nobody knows what is wrong, or whether anything is
+    except NOT_KNOWN:  # nobody knows what is wrong, or whether anything is
         raise
     except UserError as error:
         return {}, [str(error)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_prism import artifact
 from megatron_prism.engine import run_folder
-from megatron_prism.errors import MachineError, UserError
+from megatron_prism.errors import NOT_KNOWN, MachineError, UserError
 
 
 def run(targets: Sequence[Path]) -> None:
@@ -22,7 +22,7 @@ def run(targets: Sequence[Path]) -> None:
         begun = time.perf_counter()
         try:
             artifact.verify(folder)
-        except MachineError as error:
+        except NOT_KNOWN as error:
             unread.append(folder)
             print(f"NOT READ {folder}: {error}")
             continue

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from megatron_prism.checksums import BLOCK_BYTES, Checksum, DamagedError, Summin
 from megatron_prism.config import Block
 from megatron_prism.engine import device, integrity, parallel, run_folder
 from megatron_prism.engine.sharded import Piece, Reader, write_streaming
-from megatron_prism.errors import MachineError, UserError
+from megatron_prism.errors import MachineError, UnreadableError, UserError
+from megatron_prism.stages import verify
 
 pytestmark = pytest.mark.usefixtures("leave_groups")
 
@@ -113,29 +115,94 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_have_no_checksum
         integrity.require_whole(folder)
 
 
-def refuse(path: Path) -> None:
-    """From now on the file system has an error for whoever asks for this file: it is a link to itself."""
-    path.rename(path.with_name("aside.tmp"))
-    path.symlink_to(path)
+class Refused:
+    """While it is entered and not mended, the file system has an error for whoever asks for this file."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path, self.number, self.looks, self.mended = path, number, 0, False
+
+    def __enter__(self) -> "Refused":
+        self._patches = [mock.patch.object(Path, name, self._instead_of(getattr(Path, name))) for name in ("stat", "open")]
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def _instead_of(self, right):
+        def looked_at(path, *words, **more):
+            if path == self.path and not self.mended:
+                self.looks += 1
+                raise OSError(self.number, os.strerror(self.number))
+            return right(path, *words, **more)
+
+        return looked_at
 
 
-def mend(path: Path) -> None:
-    path.with_name("aside.tmp").replace(path)
+FILES = pytest.mark.parametrize("name", ["sharded/__0_0.distcp", "sharded/checksums.json", "config.toml", artifact.COMPLETE])
+LOOKS = (integrity.damages, integrity.require_whole, artifact.verify)
 
 
-@pytest.mark.parametrize("name", ["sharded/__0_0.distcp", "sharded/checksums.json", "config.toml", artifact.COMPLETE])
+@FILES
 def test_a_file_that_cannot_be_read_is_no_damage_and_one_that_can_a_moment_later_is_whole(tmp_path, monkeypatch, name):
     start_alone()
     file = write_checkpoint(tmp_path / "made", table=torch.ones(9)) / name
-    refuse(file)
     waited = []
     monkeypatch.setattr(checksums.time, "sleep", waited.append)
-    for look in (integrity.damages, integrity.require_whole, artifact.verify):
-        with pytest.raises(MachineError, match=rf"{name} could not be read, nor 2 s later: .*\(ELOOP\)"):
-            look(tmp_path / "made")
+    with Refused(file, errno.EIO):
+        for look in LOOKS:
+            with pytest.raises(MachineError, match=rf"{name} could not be read, nor 2 s later: .*\(EIO\).*Start the same command again"):
+                look(tmp_path / "made")
     assert set(waited) == {checksums.RETRY_SECONDS}
-    monkeypatch.setattr(checksums.time, "sleep", lambda _: mend(file))
-    assert integrity.damages(tmp_path / "made") == []
+    with Refused(file, errno.ESTALE) as refused:
+        monkeypatch.setattr(checksums.time, "sleep", lambda _: setattr(refused, "mended", True))
+        assert integrity.damages(tmp_path / "made") == [] and refused.looks == 1
+
+
+FOR_PEOPLE = [
+    (errno.EACCES, "give this user leave"),
+    (errno.EPERM, "give this user leave"),
+    (errno.EISDIR, "a folder lies"),
+    (errno.ELOOP, "symbolic links lead round"),
+]
+
+
+@FILES
+@pytest.mark.parametrize(("number", "words"), FOR_PEOPLE)
+def test_a_file_that_somebody_has_to_give_leave_for_is_said_at_once_and_is_no_damage_either(tmp_path, monkeypatch, name, number, words):
+    start_alone()
+    run = artifact.begin(tmp_path / "run", "train", Nothing())
+    for step in (1, 2):
+        write_checkpoint(run_folder.step_folder(run, step), table=torch.ones(9))
+    newest = run_folder.step_folder(run, 2)
+    monkeypatch.setattr(checksums.time, "sleep", lambda _: pytest.fail("it was tried again"))
+    with Refused(newest / name, number):
+        for look in (*LOOKS, lambda _: integrity.choose(run, "train", "previous")):
+            with pytest.raises(UnreadableError, match=rf"{name} could not be read: .*\({errno.errorcode[number]}\).*Mend it first: {words}"):
+                look(newest)
+    assert not issubclass(UnreadableError, MachineError), "status 2"
+    assert integrity.choose(run, "train", "previous") == newest
+
+
+def test_verify_says_of_such_a_file_that_it_was_not_read(tmp_path, capsys):
+    """And not that it is damaged; by a link that really leads round."""
+    file = write_checkpoint(tmp_path / "made", table=torch.ones(9)) / "config.toml"
+    file.rename(tmp_path / "config.toml")
+    file.symlink_to(file)
+    with pytest.raises(MachineError, match="1 could not be read"):
+        verify.run([tmp_path / "made"])
+    assert "NOT READ" in capsys.readouterr().out
+    file.unlink()
+    (tmp_path / "config.toml").rename(file)
+    verify.run([tmp_path / "made"])
+
+
+def test_a_folder_in_a_marks_place_is_told_as_one(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(UnreadableError, match=r"could not be read: Is a directory \(EISDIR\)"):
+        checksums.reading(tmp_path / "file", (tmp_path / "file").read_bytes)
 
 
 def test_no_checkpoint_is_set_aside_for_a_read_that_fails(tmp_path, monkeypatch):
@@ -156,10 +223,26 @@ def test_no_checkpoint_is_set_aside_for_a_read_that_fails(tmp_path, monkeypatch)
         patched.setattr(checksums, "_block", refused)
         integrity.choose(run, "train", "previous")
     assert run_folder.newest(run) == newest and integrity.choose(run, "train", "previous") == newest
-    refuse(run / artifact.PROVENANCE)
-    with pytest.raises(MachineError, match=r"provenance\.json could not be read") as raised:
+    with Refused(run / artifact.PROVENANCE, errno.EIO), pytest.raises(MachineError, match=r"provenance\.json could not be read") as raised:
         integrity.choose(run, "train", "previous")
     assert "remove the folder" not in str(raised.value)
+
+
+def test_a_disk_that_is_gone_is_waited_for_once_and_not_for_each_file(tmp_path, monkeypatch):
+    start_alone()
+    checkpoint = write_checkpoint(tmp_path / "made", table=torch.ones(9))
+    expected, looks = {f"file{number}": checksums.of_bytes(b"x") for number in range(400)}, []
+
+    def gone(path):
+        looks.append(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checksums, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(Path, "stat", gone)
+    for look in (lambda: integrity._own_damages(checkpoint, expected, 0), lambda: checksums.damages(checkpoint, expected)):
+        with pytest.raises(MachineError):
+            look()
+    assert len(looks) < 200, "of 1600: those under way, and their second tries"
 
 
 def test_a_reader_compares_what_it_reads_and_nothing_else(tmp_path):

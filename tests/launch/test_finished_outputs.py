@@ -10,7 +10,7 @@ import pytest
 
 from megatron_prism import artifact, checksums
 from megatron_prism.config import Block
-from megatron_prism.errors import MachineError, UserError
+from megatron_prism.errors import MachineError, UnreadableError, UserError
 from megatron_prism.launch import pipeline
 
 CHAIN = """
@@ -55,16 +55,16 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
 
 
 class Once:
-    """One look at a file, and the second try of it, meet an error; how many looks before it are answered."""
+    """One look at a file, and the second try of it, meet an error; after: how many looks are answered before it."""
 
-    def __init__(self, name: str, method: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, name: str, method: str, after: int, monkeypatch: pytest.MonkeyPatch, number: int = errno.ESTALE) -> None:
         self.looks, right = 0, getattr(Path, method)
 
         def flaky(path: Path, *words: object, **more: object) -> object:
             if path.parent.name == "second" and path.name == name:
                 self.looks += 1
                 if after < self.looks <= after + 2:
-                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                    raise OSError(number, os.strerror(number))
             return right(path, *words, **more)
 
         monkeypatch.setattr(Path, method, flaky)
@@ -85,6 +85,15 @@ def test_a_passing_error_ends_the_command_as_the_machines_and_removes_nothing(
             pipeline.run_pipeline(chain.path, remake=remake)
     assert met.looks == after + 2 and chain.files() == chain.before
     pipeline.run_pipeline(chain.path)
+    assert chain.files() == chain.before
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_nor_does_leave_that_was_taken_away(chain: Chain, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    with monkeypatch.context() as patched:
+        Once("weights", "stat", after, patched, errno.EACCES)
+        with pytest.raises(UnreadableError, match=r"weights could not be read: Permission denied \(EACCES\)"):
+            pipeline.run_pipeline(chain.path, remake=True)
     assert chain.files() == chain.before
 
 
