@@ -12,8 +12,8 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -28,11 +28,25 @@ def main() -> None:
     """Serve until standard input ends."""
     for name in IMPORTED:
         importlib.import_module(name)
-    if len(list(Path("/proc/self/task").iterdir())) != 1:
-        raise AssertionError(f"threads do not survive a fork, and an import has started some: {threading.enumerate()}")
+    # threads do not survive a fork: where an import has started some (numerical libraries of GPU images do), ranks are started by torchrun
+    launch = serve if len(list(Path("/proc/self/task").iterdir())) == 1 else by_torchrun
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        print(json.dumps({"status": serve(json.loads(line))}), flush=True)
+        print(json.dumps({"status": launch(json.loads(line))}), flush=True)
+
+
+def by_torchrun(request: dict[str, Any]) -> int:
+    """The launch's status, where each rank imports everything for itself."""
+    words = [
+        "--standalone",
+        f"--nproc-per-node={request['ranks']}",
+        "--redirects=3",
+        f"--log-dir={request['logs']}",
+        request["script"],
+        *request["args"],
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    return int(subprocess.run(command, env=request["env"], stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode != 0)
 
 
 def serve(request: dict[str, Any]) -> int:
