@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from megatron_prism import artifact
 from megatron_prism.data_prep.history import Continuation, OnChange, go_on
+from megatron_prism.engine import leftovers
 from megatron_prism.engine.integrity import require_whole
 from megatron_prism.engine.mcore import load_sharded, plan_sharded
 from megatron_prism.engine.model import unwrap
@@ -106,6 +107,7 @@ def save(
 
 def _begin(folder: Path, engine: Engine, progress: Progress, hf: Path, config: BaseModel, parents: Sequence[Path]) -> None:
     """Rank 0's files, all but the mark."""
+    leftovers.remove_later(folder.parent.parent)
     with reporting(folder):
         remove(folder)
         artifact.begin(folder, artifact.CHECKPOINT, config, parents)

@@ -1,9 +1,10 @@
 """What a run that was ended in the middle of a save, or of a deletion, left behind: step folders that are not complete, as large as checkpoints.
 
 Nobody reads them, and a step that was saved for a stop is not saved again, so that nothing else would take them away before the disk is full. Called
-on rank 0 of a start, before the checkpoint to go on from is looked for. Owns: what may go. Refuses: to touch anything where this process has not the
-folder for itself (`run_lock`), since another may be writing it at this moment; in a finished run, whose files are counted; of another stage's folder;
-what was set aside as damaged, and links.
+on rank 0 of a start, before the checkpoint to go on from is looked for, and before a save. Owns: what may go. Refuses: to touch anything where this
+process has not the folder for itself (`run_lock`), since another may be writing it at this moment; what changed a moment ago, since some mounts lock
+on each machine alone, and somebody may be copying a checkpoint back; a finished run, whose files are counted; another stage's folder; what was set
+aside as damaged, and links.
 """
 
 import logging
@@ -18,6 +19,10 @@ from megatron_prism.engine import run_folder, run_lock
 logger = logging.getLogger(__name__)
 MARK = ".leftover.tmp"
 SHOWN = 3
+STILL_SECONDS = run_lock.WAIT_SECONDS
+"""in which nothing may have changed in a folder that goes"""
+_young: dict[Path, list[Path]] = {}
+"""of a run: the folders that were not still at its start"""
 
 
 def remove(run: Path, stage: str) -> list[Path]:
@@ -34,7 +39,25 @@ def remove(run: Path, stage: str) -> list[Path]:
         if folders:
             logger.warning("%s not complete; it is left as it is, since %s could not be locked, and another run may be writing", _named(folders), run)
         return []
-    folders = [folder for folder in folders if _is_left(folder)]
+    left = [folder for folder in folders if _is_left(folder)]
+    young = [folder for folder in left if not _is_still(folder)]
+    if young:
+        _young[run] = young
+        told = "%s not complete, and something in it changed within %g s: it may be written elsewhere, and is left until a later save or start"
+        logger.warning(told, _named(young), STILL_SECONDS)
+    return _take_away([folder for folder in left if folder not in young])
+
+
+def remove_later(run: Path) -> list[Path]:
+    """Before a save needs their room: what was not still at the start of this run, and is now; those that are gone."""
+    young = [folder for folder in _young.pop(run, []) if folder.is_dir() and _is_left(folder)]
+    still = [folder for folder in young if _is_still(folder)]
+    if len(still) < len(young):
+        _young[run] = [folder for folder in young if folder not in still]
+    return _take_away(still)
+
+
+def _take_away(folders: list[Path]) -> list[Path]:
     if not folders:
         return []
     said = _named(folders)
@@ -43,6 +66,17 @@ def remove(run: Path, stage: str) -> list[Path]:
     left = [folder for folder in folders if folder.exists()]
     logger.warning("%s not complete, by a run that was ended in the middle of it: %s", said, f"could not be removed: {left}" if left else "removed")
     return [folder for folder in folders if folder not in left]
+
+
+def _is_still(folder: Path) -> bool:
+    """Whether it is empty, or nothing in it changed for a while, by the clock of who keeps it: the mark was touched just now. A copy may keep the
+    time at which a file's content was written, but not the one at which its entry changed."""
+    mark = folder / MARK
+    try:
+        changes = [path.lstat().st_ctime for path in folder.rglob("*") if path != mark]
+        return not changes or mark.stat().st_ctime - max(changes) >= STILL_SECONDS
+    except OSError:  # something vanished meanwhile, or nobody knows
+        return False
 
 
 def _is_left(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from tiny_models import write_tiny
 
 from megatron_prism import artifact, checksums
 from megatron_prism.config import OptimizerConfig
-from megatron_prism.engine import checkpoint, parallel, run_folder, saving
+from megatron_prism.engine import checkpoint, leftovers, parallel, run_folder, run_lock, saving
 from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.saving import Background
 from megatron_prism.errors import UserError
@@ -63,3 +63,14 @@ def test_a_file_that_rank_0_does_not_see_as_it_was_written_makes_no_checkpoint(i
     with pytest.raises(UserError, match=r"step_00000002/sharded/__0_1\.distcp has 100 bytes; \d+ were written by its rank: rank 0 sees 1 of 3 files"):
         checkpoint.save(engine, run, Progress(step=2), imported / "hf", config, [])
     assert run_folder.complete_steps(run) == [good] and not run_folder.step_folder(run, 2).exists()
+
+
+def test_a_save_takes_the_room_of_what_was_too_young_at_the_start(imported: Path, tmp_path: Path, monkeypatch) -> None:
+    config = OptimizerConfig(lr=1e-3)
+    engine, run = open_engine(imported, optimizer=config), artifact.begin(tmp_path / "run", "train", config)
+    half = artifact.begin(run_folder.step_folder(run, 1), "checkpoint", config)
+    with run_lock.held(run):
+        assert leftovers.remove(run, "train") == [] and half.is_dir()
+        monkeypatch.setattr(leftovers, "STILL_SECONDS", 0.0)
+        saved = checkpoint.save(engine, run, Progress(step=2), imported / "hf", config, [])
+    assert not half.exists() and run_folder.complete_steps(run) == [saved]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def run(tmp_path: Path) -> Path:
     linked = write_step(tmp_path / "elsewhere", 6, complete=False)
     run_folder.step_folder(run, 6).symlink_to(linked)
     return run
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests write is a second old; a test says where that is too young."""
+    monkeypatch.setattr(leftovers, "STILL_SECONDS", 0.0)
 
 
 def names(run: Path) -> list[str]:
@@ -85,3 +92,28 @@ def test_a_mark_that_is_remembered_as_missing_is_asked_for_anew(run: Path, monke
     with run_lock.held(run):
         leftovers.remove(run, "train")
     assert newest.is_dir() and json.loads((newest / artifact.COMPLETE).read_text()) and not (newest / leftovers.MARK).exists()
+
+
+def test_what_changed_a_moment_ago_stays_until_it_is_still(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A save on another machine, where each has locks of its own; or a checkpoint that is copied back, with its times, and COMPLETE at the end."""
+    young, empty = run_folder.step_folder(run, 3), run_folder.step_folder(run, 1)
+    monkeypatch.setattr(leftovers, "STILL_SECONDS", 300.0)
+    for path in young.rglob("*"):
+        os.utime(path, (0, 0))  # as cp -p leaves it
+    with run_lock.held(run):
+        assert leftovers.remove(run, "train") == [empty], "nothing is lost with it"
+        assert "something in it changed within 300 s" in caplog.text and young.is_dir()
+        assert leftovers.remove_later(run) == [] and young.is_dir()
+        monkeypatch.setattr(leftovers, "STILL_SECONDS", 0.0)
+        assert leftovers.remove_later(run) == [young] and leftovers.remove_later(run) == []
+    assert names(run) == ["2", "4", "5.damaged-1", "6"]
+
+
+def test_what_was_completed_elsewhere_meanwhile_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "STILL_SECONDS", 300.0)
+    with run_lock.held(run):
+        leftovers.remove(run, "train")
+        artifact.complete(run_folder.step_folder(run, 3))
+        monkeypatch.setattr(leftovers, "STILL_SECONDS", -1e9)  # however young
+        assert leftovers.remove_later(run) == []
+    artifact.verify(run_folder.step_folder(run, 3))
