@@ -17,15 +17,11 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import socket
-import subprocess
 import sys
 import tomllib
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +32,12 @@ from megatron_prism.checksums import Checksum
 from megatron_prism.config import config_hash, resolved, to_toml
 from megatron_prism.differences import differences
 from megatron_prism.errors import UserError
+from megatron_prism.surroundings import git_commit, host_shape, package_versions
 
 SCHEMA_VERSION = 1
 COMPLETE = "COMPLETE"
 PROVENANCE = "provenance.json"
 CONFIG = "config.toml"
-RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_hash")
 """what provenance keeps of each earlier session, when a run that was stopped, or finished, goes on"""
 ASIDE = ".damaged-"
@@ -52,7 +48,6 @@ CARRIED = ("damaged_checkpoints",)
 """what stays in the provenance of a run that goes on"""
 HASH_CONTENT_UP_TO_BYTES = 1 << 20
 HASHED_END_BYTES = 1 << 16
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 WAY_OUT = "choose another output (output=...) or remove the folder"
 CHECKPOINT = "checkpoint"
 """the kind whose every file has a checksum"""
@@ -314,45 +309,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def git_commit() -> str | None:
-    """The commit of the installed source tree, with `+changes` when files differ from it; None outside git."""
-    git, here = shutil.which("git"), Path(__file__).resolve()
-    if git is None:
-        return None
-    # An installed copy may lie inside some other project's repository: that commit says nothing about this code.
-    tracked = subprocess.run([git, "-C", str(here.parent), "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
-    if tracked.returncode:
-        return None
-    command = [git, "-C", str(here.parent), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def host_shape() -> dict[str, Any]:
-    """What the work ran on: name, cores, memory in GiB, GPU models, ranks."""
-    gpus = [line.partition(":")[2].strip() for file in sorted(NVIDIA_GPUS.glob("*/information")) for line in file.read_text().splitlines()[:1]]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "name": socket.gethostname(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "gpus": gpus,
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-        "system": platform.platform(),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that decide results."""
-    versions = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _files(folder: Path) -> list[Path]:

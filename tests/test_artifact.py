@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prism import artifact
+from megatron_prism import artifact, surroundings
 from megatron_prism.config import Block
 from megatron_prism.errors import UserError
 
@@ -46,7 +46,7 @@ def test_a_finished_folder_tells_its_config_and_where_it_came_from(tmp_path: Pat
 def test_the_commit_is_that_of_our_own_source_tree() -> None:
     root = Path(artifact.__file__).resolve().parents[1]
     head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    assert (artifact.git_commit() or "").removesuffix("+changes") == head
+    assert (surroundings.git_commit() or "").removesuffix("+changes") == head
 
 
 @pytest.mark.parametrize("missing", ["COMPLETE", "inner/data.txt", "provenance.json"])

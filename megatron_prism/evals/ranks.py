@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_prism.artifact import NVIDIA_GPUS
 from megatron_prism.errors import UserError
+from megatron_prism.surroundings import NVIDIA_GPUS
 
 BEAT_SECONDS = 2.0
 POLL_SECONDS = 0.2

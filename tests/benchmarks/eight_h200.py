@@ -39,6 +39,7 @@ import megatron_prism
 from megatron_prism import artifact
 from megatron_prism.config import TIMEOUT_MINUTES
 from megatron_prism.launch.job import Job, environment, torchrun_argv, torchrun_variables
+from megatron_prism.surroundings import package_versions
 
 HERE = Path(__file__).resolve().parent
 HELPERS = (str(HERE.parent), str(HERE.parent / "laws"))
@@ -85,7 +86,7 @@ class Site:
     @functools.cached_property
     def place(self) -> dict[str, Any]:
         """Code, versions and machine, which a result is of."""
-        return {"code": code_digest(), "versions": artifact.package_versions(), "machine": machine(self.device)}
+        return {"code": code_digest(), "versions": package_versions(), "machine": machine(self.device)}
 
     def find(self, case: Case) -> dict[str, Any] | None:
         """The newest entry of a case under the same settings, code, versions and machine; one with a result before one that failed."""

@@ -20,7 +20,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_prism import artifact
 from megatron_prism.engine import parallel
 from megatron_prism.engine.bench import figures, trace
 from megatron_prism.engine.bench.baselines import BASELINES, choose, forget_fp8
@@ -30,6 +29,7 @@ from megatron_prism.engine.bench.sides import Ours, Side
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.errors import UserError
 from megatron_prism.planning import cost
+from megatron_prism.surroundings import package_versions
 
 PATIENCE_SECONDS = 180
 """that a rank waits for the others at the end of a part of the work"""
@@ -86,7 +86,7 @@ class Bench:
     def machine(self) -> dict[str, Any]:
         """What the figures are of."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or platform.machine()
-        return {"device": name, "ranks": self.ranks, "python": platform.python_version(), **artifact.package_versions()}
+        return {"device": name, "ranks": self.ranks, "python": platform.python_version(), **package_versions()}
 
     def case(self, case: Case, traces: Path) -> dict[str, Any]:
         """The figures of a case. Errors: CaseError, RanksApartError."""
