@@ -114,9 +114,9 @@ def test_a_launch_that_dies_ends_its_case_alone_and_time_that_is_up_ends_what_ru
     assert "its launch ended" in broken.find(endless)["failed"] and broken.launches == 2
 
     late = site(tmp_path, minutes=0.3, limit=0.4)
-    begun = time.monotonic()
+    begun, others = time.monotonic(), psutil.Process().children()
     run(late, [replace(endless, name="endless too", keys={**endless.keys, "name": "endless too"}), last])
-    assert time.monotonic() - begun < 60 and not psutil.Process().children()
+    assert time.monotonic() - begun < 60 and set(psutil.Process().children()) <= set(others)
     assert all(entry["of"]["name"] != "endless too" for entry in late.entries)
 
 

@@ -17,6 +17,7 @@ from megatron_prism.errors import UserError
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "bench").glob("*.toml"))
 SHAPES = {
     "families": (1, {8192}),
+    "three_billion": (1, {8192}),
     "one_h200": (1, {8192}),
     "two_h200": (2, {8192}),
     "long_context": (2, {131072}),
