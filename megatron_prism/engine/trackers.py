@@ -26,7 +26,7 @@ IDS = "trackers.json"
 ROLLED_BACK_FROM = "rolled_back_from"
 """in the record of a step that a run went back to: the step at which it did. A number: whoever keeps all that it was told shows it too"""
 END_SECONDS = 60.0
-"""what a tracker is given at the end for what it has not taken yet"""
+"""what all trackers together are given at the end for what they have not taken yet"""
 MOST_WAITING = 10_000
 """records, of a tracker that does not take them"""
 Record = dict[str, Any]
@@ -45,9 +45,9 @@ class Tracker(Protocol):
 class Told:
     """A tracker, and the thread that tells it. tracker: None where the thread has to open it."""
 
-    def __init__(self, name: str, open_: Callable[[], Tracker], tracker: Tracker | None, patience_seconds: float | None) -> None:
+    def __init__(self, name: str, open_: Callable[[], Tracker], tracker: Tracker | None) -> None:
         self.name, self.failed, self.lost = name, False, 0
-        self._open, self._tracker, self._patience = open_, tracker, patience_seconds
+        self._open, self._tracker = open_, tracker
         self._waiting: queue.Queue[tuple[Record, float] | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -59,14 +59,17 @@ class Told:
         except queue.Full:
             self._missed("it takes none")
 
-    def end(self, failed: bool) -> None:
-        """Wait for what it has not taken yet, so long as its patience lasts."""
+    def finish(self, failed: bool) -> None:
+        """Nothing more is told; returns at once."""
         self.failed = failed
-        with suppress(queue.Full):
-            self._waiting.put(None, timeout=self._patience)
-        self._thread.join(self._patience)
+        with suppress(queue.Full):  # a full queue is given up by `wait`
+            self._waiting.put_nowait(None)
+
+    def wait(self, deadline: float) -> None:
+        """For what it has not taken yet. deadline: on the monotonic clock."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            logger.warning("%s has not taken the last records in %.0f s and is left; metrics.jsonl has them", self.name, self._patience or 0)
+            logger.warning("%s has not taken the last records in time and is left; metrics.jsonl has them", self.name)
 
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None:
@@ -104,14 +107,16 @@ def start(config: LogConfig, run: Path, first_step: int, settings: Record, begin
     if config.mlflow:
         makers["MLflow"] = lambda: MLflow(run, config.mlflow or "", settings)
     opened = {name: _opened(name, make) for name, make in makers.items() if begins}
-    # TensorBoard's files are part of the output: it is complete when they are
-    return [Told(name, make, opened.get(name), None if name == "TensorBoard" else END_SECONDS) for name, make in makers.items()]
+    return [Told(name, make, opened.get(name)) for name, make in makers.items()]
 
 
 def end(trackers: list[Told], failed: bool) -> None:
-    """Of a run that is over, or stops here."""
+    """Of a run that is over, or stops here: they have `END_SECONDS` together, so that a job that was told to stop keeps its time."""
+    deadline = time.monotonic() + END_SECONDS
     for one in trackers:
-        one.end(failed)
+        one.finish(failed)
+    for one in trackers:
+        one.wait(deadline)
 
 
 def _opened(name: str, make: Callable[[], Tracker]) -> Tracker:

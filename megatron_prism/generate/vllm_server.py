@@ -67,6 +67,8 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self._still: tuple[list[str], float] | None = None
         """the engine's counts of tokens, and since when they stand still, while nothing is answered"""
+        self._asked, self._stall_seconds = set[object](), config.stall_seconds
+        """requests that wait for their answers; how long the counts may stand still meanwhile"""
         self._restarting, self._sockets = threading.Lock(), set[socket.socket]()  # the lock: of who starts or ends the process beside other threads
 
     def start(self) -> None:
@@ -171,10 +173,15 @@ class Server:
                 self._restart(starts, loss)
 
     def _answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if not self._asked:
+            self._still = None
+        self._asked.add(one := object())
         try:
             status, content = self._send("POST", path, body, None)
         except (OSError, http.client.HTTPException) as error:
             raise LostError(repr(error)) from error
+        finally:
+            self._asked.discard(one)
         if status >= 500:
             raise LostError(f"status {status}: {content[:500].decode(errors='replace')}")
         if status != 200:
@@ -189,11 +196,15 @@ class Server:
         Nothing of ours is under way; what was given up may still be, and a cache that it holds would outlive the reset: it is ended first.
         """
         self.folder = folder
-        with self.watched():
-            self.ask("/pause?mode=abort", {})
-            self.ask("/collective_rpc", {"method": "prism_reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
-            self._drop_prefix_cache()
-            self.ask("/resume", {})
+        self._stall_seconds = self.config.start_timeout_seconds  # no token is written meanwhile
+        try:
+            with self.watched():
+                self.ask("/pause?mode=abort", {})
+                self.ask("/collective_rpc", {"method": "prism_reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
+                self._drop_prefix_cache()
+                self.ask("/resume", {})
+        finally:
+            self._stall_seconds = self.config.stall_seconds
 
     def _drop_prefix_cache(self) -> None:
         end = time.monotonic() + HEALTH_SECONDS
@@ -235,13 +246,13 @@ class Server:
     def check(self) -> None:
         """Hang up where the server does not answer any more, or its engine has written no token for `stall_seconds` (who waits then starts it again);
         called when no request has been answered for long."""
-        if self._restarting.acquire(blocking=False):
+        if self._asked and self._restarting.acquire(blocking=False):  # one that has answered all of its share may stand still
             try:
                 if not self.is_healthy(HEALTH_SECONDS):
                     logger.warning("vllm server %s has not answered for %.0f s", self.label, HEALTH_SECONDS)
                     self.abandon()
                 elif self._is_stalled():
-                    logger.warning("vllm server %s answers, but its engine has written nothing for %d s", self.label, self.config.stall_seconds)
+                    logger.warning("vllm server %s answers, but its engine has written nothing for %d s", self.label, self._stall_seconds)
                     self.abandon()
             finally:
                 self._restarting.release()
@@ -258,7 +269,7 @@ class Server:
         now = time.monotonic()
         if self._still is None or self._still[0] != counts:
             self._still = counts, now
-        return now - self._still[1] >= self.config.stall_seconds
+        return now - self._still[1] >= self._stall_seconds
 
     @contextmanager
     def watched(self) -> Iterator[None]:

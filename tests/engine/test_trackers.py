@@ -189,18 +189,20 @@ class Stuck:
         raise AssertionError("never reached")
 
 
-def test_a_tracker_that_hangs_delays_no_step_and_the_end_no_longer_than_its_patience(tmp_path, monkeypatch, caplog):
+def test_trackers_that_hang_delay_no_step_and_the_end_no_longer_than_all_are_given_together(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trackers, "TensorBoard", lambda run, first_step: Stuck())
+    monkeypatch.setattr(trackers, "MLflow", lambda run, experiment, settings: Stuck())
     monkeypatch.setattr(trackers, "MOST_WAITING", 2)
-    log = opened(tmp_path, 0, tensorboard=True)
-    log.trackers[0]._patience = 0.3
+    monkeypatch.setattr(trackers, "END_SECONDS", 0.5)
+    log = opened(tmp_path, 0, tensorboard=True, mlflow="experiment")
     begun = time.monotonic()
     with caplog.at_level(logging.WARNING, logger=trackers.__name__):
         for step in range(1, 6):
             log.event(step, {"loss": 1.0}, "")
         log.close()
     assert time.monotonic() - begun < 10
-    assert "TensorBoard did not take a record (it takes none)" in caplog.text and "has not taken the last records" in caplog.text
+    for name in ("TensorBoard", "MLflow"):
+        assert f"{name} did not take a record (it takes none)" in caplog.text and f"{name} has not taken the last records" in caplog.text
 
 
 def test_a_run_that_goes_on_finds_another_port_where_its_own_is_taken(tmp_path, capsys):

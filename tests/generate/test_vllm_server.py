@@ -103,6 +103,17 @@ def test_an_engine_that_hangs_behind_a_healthy_server_is_noticed_and_slow_work_i
         assert generator.servers[0].starts == 2
 
 
+def test_a_server_without_work_may_stand_still(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_fake(folder, stall_seconds=1) as generator:
+        (server,) = generator.servers
+        for _ in range(4):
+            server.check()
+            time.sleep(0.5)
+        assert server._still is None and "has written nothing" not in caplog.text
+        server._still = (['vllm:generation_tokens_total{engine="0"} 0.0'], time.monotonic() - 3600)  # of a call that was given up
+        assert complete(generator) == expected() and server.starts == 1
+
+
 def test_reloading_asks_every_server_and_a_new_start_reads_the_new_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     other = tmp_path / "other"
