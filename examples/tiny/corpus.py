@@ -25,7 +25,8 @@ CODE_BYTES = 1_200_000
 def prose() -> Iterator[str]:
     """English prose, about a million characters: chapters of the language reference, descriptions of packages."""
     yield from pydoc_data.topics.topics.values()
-    descriptions = {found.metadata["Name"].lower(): str(found.metadata.get_payload() or "") for found in metadata.distributions()}
+    about = [found.metadata for found in metadata.distributions()]
+    descriptions = {each["Name"].lower(): str(each.get_payload() or each.get("Description") or "") for each in about}
     for _, text in sorted(descriptions.items()):
         if len(text) >= LONG_ENOUGH:
             yield _without_markup(text)[:CUT_AT]
