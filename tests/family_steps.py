@@ -6,6 +6,7 @@ shape whatever the layout.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_blend import write_tiny_blend
@@ -23,11 +24,14 @@ BETA1 = 0.9
 NOTHING_MOVES = {"steps": 1, "optimizer__lr": 1e-30, "optimizer__clip_grad": None, "optimizer__betas": [BETA1, 0.95]}
 
 
-def write_all(root: Path, names: Iterable[str] = TINY) -> Path:
-    """Of every family, or those named: NAME/hf as transformers writes it, NAME/checkpoint imported from it; `data`, the blend of a `recipe`."""
+def write_all(root: Path, names: Iterable[str] = TINY, **changes: Any) -> Path:
+    """Of every family, or those named: NAME/hf as transformers writes it, NAME/checkpoint imported from it; `data`, the blend of a `recipe`.
+
+    changes: other config.json keys.
+    """
     write_tiny_blend(root / "data", VOCAB_SIZE)
     for name in names:
-        write_tiny(name, root / name / "hf")
+        write_tiny(name, root / name / "hf", **changes)
         convert.run(convert.Config(direction="import", source=root / name / "hf", output=root / name / "checkpoint"))
     return root
 

@@ -86,12 +86,13 @@ def _driver() -> str | None:
 
 
 def gpu_packages(asked: Asked) -> list[Finding]:
-    """TransformerEngine, the Mamba kernels, Apex: used on GPUs where they are installed."""
+    """TransformerEngine, the Mamba kernels, FlashAttention-4, Apex: used on GPUs where they are installed."""
     with_gpu = DRIVER.is_file() and asked.device != "cpu"
     roles = {
         "transformer-engine": "FP8 and fused layers; without it our layers and torch's attention run",
         "mamba-ssm": "kernels of hybrid models; without it our own run",
         "causal-conv1d": "convolution of hybrid models; without it our own runs",
+        "flash-attn-4": "attention on Hopper; without it cuDNN's, slower",
     }
     return [*(_optional(name, role, with_gpu) for name, role in roles.items()), _apex()]
 
@@ -100,7 +101,7 @@ def _optional(name: str, role: str, with_gpu: bool) -> Finding:
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        fix = 'python -m pip install --no-build-isolation -c constraints/gpu.txt -e ".[gpu]"'
+        fix = 'python -m pip install --no-build-isolation -c constraints/gpu.txt -e ".[gpu,flash]"'
         return Finding("yellow" if with_gpu else "green", name, f"not installed ({role})", fix if with_gpu else "")
     needs = [Requirement(text) for text in (metadata.requires("megatron-prism") or [])] if _is_installed() else []
     wanted = next((need for need in needs if need.name == name), None)

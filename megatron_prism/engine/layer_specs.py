@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_prism.engine.attention import CausalAttention, RMSNorm
+from megatron_prism.engine.flash_attention import FlashAttention
 from megatron_prism.engine.mamba import mixer_spec
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.kernels.mlp_activation import squared_relu, swiglu
@@ -54,18 +55,18 @@ def bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd
     return choose
 
 
-def dense_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """The layers of one chunk of a GPTModel."""
-    layer = _transformer_layer(model, config, transformer_engine)
+def dense_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool, flash: bool, vp_stage: int | None) -> Any:
+    """The layers of one chunk of a GPTModel. flash: FlashAttention-4 is the core of TransformerEngine's attention."""
+    layer = _transformer_layer(model, config, transformer_engine, flash)
     if transformer_engine:
         return layer
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm)
 
 
-def hybrid_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
+def hybrid_spec(model: ModelConfig, config: TransformerConfig, transformer_engine: bool, flash: bool) -> ModuleSpec:
     """The stack of a MambaModel: a Mamba-2, an attention and an MLP layer, each with its norm and residual."""
     assert model.mamba is not None
-    whole = _transformer_layer(model, config, transformer_engine).submodules
+    whole = _transformer_layer(model, config, transformer_engine, flash).submodules
     keys = whole.sharded_state_dict_keys_map
     attention = TransformerLayerSubmodules(
         input_layernorm=whole.input_layernorm,
@@ -97,10 +98,12 @@ def hybrid_spec(model: ModelConfig, config: TransformerConfig, transformer_engin
     return ModuleSpec(module=HybridStack, params={"norm": norm}, submodules=submodules)
 
 
-def _transformer_layer(model: ModelConfig, config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
+def _transformer_layer(model: ModelConfig, config: TransformerConfig, transformer_engine: bool, flash: bool) -> ModuleSpec:
     """Attention and MLP, with the residual multiplier."""
     if transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec()
+        if flash:
+            spec.submodules.self_attention.submodules.core_attention = FlashAttention
     else:
         spec = get_gpt_layer_local_spec(normalization=config.normalization)
         spec.submodules.input_layernorm = RMSNorm

@@ -182,6 +182,7 @@ def build_options(cfg: TrainConfig) -> BuildOptions:
         keep_attention=cfg.keep_attention,
         offload_activations=cfg.offload_activations,
         layers=cfg.layers,
+        attention_backend=cfg.attention_backend,
         hidden_dropout=cfg.hidden_dropout,
         fp8=cfg.fp8,
         deterministic=cfg.deterministic,

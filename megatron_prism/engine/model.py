@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_prism.config import Fp8Config
 from megatron_prism.engine import recompute
 from megatron_prism.engine.device import fp8_obstacle, has_transformer_engine
+from megatron_prism.engine.flash_attention import AttentionBackend, uses_flash
 from megatron_prism.engine.layer_specs import dense_spec, hybrid_spec
 from megatron_prism.engine.mcore import gradient_fusion_without_apex
 from megatron_prism.engine.parallel import Mesh
@@ -44,6 +45,7 @@ class BuildOptions:
     precision: Precision = "fp32"
     recompute: Recompute = None
     layers: Layers = "auto"
+    attention_backend: AttentionBackend = "auto"
     hidden_dropout: float = 0.0
     fp8: Fp8Config | None = None
     recompute_layers: int | None = None
@@ -319,6 +321,7 @@ def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.d
         )
     if device.type == "cuda" and not engine and mesh.rank == 0:
         logger.warning("TransformerEngine is not used (layers=%s): torch SDPA and unfused norms run instead, slower", options.layers)
+    flash = uses_flash(options.attention_backend, model.kv_channels, mesh.plan.cp, options.precision == "bf16", engine, device)
     chunks = []
     for index in range(mesh.plan.num_chunks):
         vp_stage = index if mesh.plan.vpp else None
@@ -328,9 +331,9 @@ def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.d
         chunk: Chunk
         with gradient_fusion_without_apex():
             if model.is_hybrid:
-                chunk = HybridModel(model, mesh, hybrid_spec(model, config, engine), **ends)
+                chunk = HybridModel(model, mesh, hybrid_spec(model, config, engine, flash), **ends)
             else:
-                chunk = DenseModel(model, mesh, dense_spec(model, config, engine, vp_stage), vp_stage, **ends)
+                chunk = DenseModel(model, mesh, dense_spec(model, config, engine, flash, vp_stage), vp_stage, **ends)
         if last:
             chunk.output_layer.gradient_accumulation_fusion = False
         chunk.clear_padding()

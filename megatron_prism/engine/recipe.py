@@ -90,6 +90,8 @@ class TrainConfig(Block):
     """auto: CUDA where torch sees a device, the CPU elsewhere"""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """auto: TransformerEngine's on CUDA where installed, ours elsewhere"""
+    attention_backend: Literal["auto", "flash", "fused"] = "auto"
+    """of TransformerEngine's layers: flash: FlashAttention-4; fused: TransformerEngine's choice, cuDNN; auto: flash where installed, on Hopper"""
     time_limit_minutes: PositiveFloat | None = None
     """save and stop after this long; start the same command again to go on"""
     parallel: ParallelConfig = ParallelConfig()
@@ -167,6 +169,18 @@ class TrainConfig(Block):
             raise ValueError(
                 f"parallel.tp_comm_overlap=true is TransformerEngine's, on CUDA; layers={self.layers} and device={self.device} are set; set it "
                 "to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flash_attention_can_run(self) -> "TrainConfig":
+        wrong = {"precision": self.precision == "fp32", "layers": self.layers == "local", "device": self.device == "cpu"}
+        found = [f"{key}={getattr(self, key)}" for key, is_wrong in wrong.items() if is_wrong]
+        found += [f"parallel.cp={self.parallel.cp}"] if self.parallel.cp > 1 else []
+        if self.attention_backend == "flash" and found:
+            raise ValueError(
+                f"attention_backend=flash with {', '.join(found)}: FlashAttention-4 runs in TransformerEngine's layers, on CUDA, in bf16, without "
+                "context parallelism; use attention_backend=auto, which takes it where it can run"
             )
         return self
 

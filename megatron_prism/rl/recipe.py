@@ -98,6 +98,8 @@ class RLConfig(Block):
     """auto: CUDA where torch sees a device, the CPU elsewhere"""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """auto: TransformerEngine's on CUDA where installed, ours elsewhere"""
+    attention_backend: Literal["auto", "flash", "fused"] = "auto"
+    """of TransformerEngine's layers: flash: FlashAttention-4; fused: TransformerEngine's choice, cuDNN; auto: flash where installed, on Hopper"""
     grading_workers: Positive | None = None
     """processes that grade, on the machine of rank 0; none: half of its cores"""
     time_limit_minutes: PositiveFloat | None = None

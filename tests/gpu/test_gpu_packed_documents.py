@@ -13,12 +13,19 @@ from megatron_prism import families
 from megatron_prism.config import ParallelConfig
 from megatron_prism.engine import device, mcore, parallel
 from megatron_prism.engine.model import BuildOptions, build, to_precision
+from megatron_prism.kernels.causal_attention import fused
 from megatron_prism.planning.layout import make_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 NAMES = ("llama", "mistral", "smollm3", "granite_hybrid", "nemotron_h")
-LOCAL, ENGINE = BuildOptions(precision="fp32", layers="local"), BuildOptions(precision="bf16", layers="transformer_engine")
+LOCAL = BuildOptions(precision="fp32", layers="local")
+ENGINES = {
+    "bf16": BuildOptions(precision="bf16", layers="transformer_engine", attention_backend="fused"),
+    "bf16 with FlashAttention-4": BuildOptions(precision="bf16", layers="transformer_engine", attention_backend="flash"),
+}
+if fused.missing() is not None:
+    del ENGINES["bf16 with FlashAttention-4"]
 BOUNDS = {"fp32": (1e-4, 1e-2), "bf16": (2e-3, 1.5e-1)}
 """loss (relative), gradient of one weight (relative, Frobenius norm): those of test_gpu_families"""
 
@@ -55,26 +62,28 @@ def check(root: Path, name: str, kinds: dict[str, BuildOptions], place: torch.de
         print(
             f"{name} {kind}: loss {loss:.1e}, gradients {gradient:.1e}; faults {', '.join(f'{value:.1e}' for value in faults.values())}", flush=True
         )
-        assert loss < BOUNDS[kind][0] and gradient < BOUNDS[kind][1], (name, kind, loss, gradient)
-        assert min(faults.values()) > BOUNDS[kind][1], (name, kind, faults)
+        bounds = BOUNDS[kind[:4]]
+        assert loss < bounds[0] and gradient < bounds[1], (name, kind, loss, gradient)
+        assert min(faults.values()) > bounds[1], (name, kind, faults)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("packed"), NAMES)
+    return write_all(tmp_path_factory.mktemp("packed"), NAMES, head_dim=64)  # which FlashAttention-4 has
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_buffer_gives_the_loss_and_gradients_of_its_documents(root, name):
-    check(root, name, {"fp32": LOCAL, "bf16": ENGINE}, device.setup("cuda"))
+    check(root, name, {"fp32": LOCAL, **ENGINES}, device.setup("cuda"))
     parallel.stop()
 
 
+@pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("name", ["llama", "granite_hybrid"])
-def test_no_layer_waits_for_the_device(root, name):
+def test_no_layer_waits_for_the_device(root, name, kind):
     """The second pass, when everything is compiled and every table made; the row and its ends are on the device."""
     place = device.setup("cuda")
-    model = model_of(root, name, ENGINE, place)
+    model = model_of(root, name, ENGINES[kind], place)
     tokens, positions, labels, mask = (column.to(place) for column in packed_row(families.load(root / name / "hf")[1].vocab_size))
     packed = boundaries(device="cuda")
     for mode in ("default", "error"):

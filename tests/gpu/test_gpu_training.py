@@ -23,7 +23,7 @@ from megatron_prism.engine import checkpoint, run_folder
 gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpus == 0, reason="needs a CUDA device")]
 
-SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 ON_GPU = {"device": "cuda", "layers": "local", "optimizer__lr": 1e-3}
 LAYOUTS = {
     "tp": {"parallel.tp": 2},
@@ -82,6 +82,7 @@ def test_transformer_engine_and_our_layers_are_one_model(start):
 
 EXACT: dict[str, tuple[tuple[int, bool], dict[str, Any]]] = {
     "bf16": ((1, False), {}),
+    "cudnn": ((1, False), {"attention_backend": "fused"}),
     "small_states": ((1, False), {"optimizer__moments": "bf16", "optimizer__split_master": "true", "optimizer__gradients": "bf16"}),
     "tensorwise": ((1, False), {"fp8__recipe": "tensorwise"}),
     "delayed": ((1, False), {"fp8__recipe": "delayed", "fp8__amax_history_len": 4}),

@@ -1,0 +1,72 @@
+"""`causal_attention` on FlashAttention-4 (flash_attn.cute of flash-attn-4 4.0.0b36), whose kernels are compiled at their first use.
+
+Owns: what those kernels cannot do (`obstacle`), and the layouts that they expect.
+"""
+
+import functools
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+TYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+"""those held to the reference on Hopper. The library takes others, and its 4.0.0b36 then returns wrong gradients of the queries (of 16 and of 80: by
+their own norm, without an error), which tests/gpu/test_gpu_attention.py looks at"""
+CAPABILITIES = (9, 10)
+"""major compute capabilities: Hopper, Blackwell of data centres"""
+
+
+def obstacle(q_sbqd: Tensor) -> str | None:
+    """Why FlashAttention-4 cannot take such queries; None if it can."""
+    if not q_sbqd.is_cuda:
+        return "the tensors are not on CUDA"
+    if q_sbqd.dtype not in TYPES:
+        return f"FlashAttention-4 does not compute in {q_sbqd.dtype}"
+    return missing() or device_obstacle(torch.cuda.get_device_capability(q_sbqd.device)[0], q_sbqd.shape[-1])
+
+
+@functools.cache
+def missing() -> str | None:
+    """That the library is not installed; None if it is."""
+    try:
+        metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return "flash-attn-4 is not installed (pip install megatron-prism[flash])"
+    return None
+
+
+def device_obstacle(capability: int, head_dim: int) -> str | None:
+    """Why heads of this dimension cannot run on a GPU of this major compute capability; None if they can."""
+    if capability not in CAPABILITIES:
+        return f"FlashAttention-4 is for GPUs of compute capability {CAPABILITIES[0]} and {CAPABILITIES[1]}, this one has {capability}"
+    if head_dim not in HEAD_DIMS:
+        return f"FlashAttention-4 is proved for heads of {HEAD_DIMS[0]} and {HEAD_DIMS[1]}, these have {head_dim}"
+    return None
+
+
+def attend(
+    q_sbqd: Tensor,
+    k_tbkd: Tensor,
+    v_tbkd: Tensor,
+    scale: float,
+    window: int | None,
+    ends: Tensor | None,
+    longest: int | None,
+    deterministic: bool,
+) -> Tensor:
+    """`causal_attention`. Batch and sequence change places as views; with b > 1 the caller's next reshape copies the output."""
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    options = {
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size": (None, None) if window is None else (window - 1, 0),
+        "deterministic": deterministic,
+    }
+    if ends is None:
+        out_bsqd, _ = flash_attn_func(*(x.transpose(0, 1) for x in (q_sbqd, k_tbkd, v_tbkd)), **options)
+        return out_bsqd.transpose(0, 1)
+    packed = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    out_sqd, _ = flash_attn_varlen_func(*(x.squeeze(1) for x in (q_sbqd, k_tbkd, v_tbkd)), **packed, **options)
+    return out_sqd.unsqueeze(1)
