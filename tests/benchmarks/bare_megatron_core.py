@@ -91,7 +91,7 @@ def measure(cases: list[Case]) -> list[dict[str, Any]]:
     from megatron_prism.engine import device, parallel
     from megatron_prism.engine.bench.bare import BareLoop
     from megatron_prism.engine.bench.clock import matmul_tflops
-    from megatron_prism.engine.bench.measure import Bench, CaseError, Site, Timing
+    from megatron_prism.engine.bench.measure import Bench, CaseError, Site
 
     place = device.setup(cases[0].train.device)
     parallel.start(place)
@@ -100,11 +100,10 @@ def measure(cases: list[Case]) -> list[dict[str, Any]]:
         site = Site(case, parallel.build_mesh(case.plan, case.train.seed), *matmul_tflops(place))
 
         def work(site: Site = site) -> dict[str, Any]:
-            timing = Timing()
-            side, memory = bench.open(lambda: BareLoop(site.case, site.mesh, place), site.case.options.warmup)
-            bench.turns([(side, timing)], site.case)
-            found = bench.side_figures(site, side, timing, memory)
-            side.close()
+            bare = bench.open("bare_megatron_core", lambda: BareLoop(site.case, site.mesh, place), site.case.options.warmup)
+            bench.turns([(bare.side, bare.timing)], site.case)
+            found = bench.side_figures(site, bare)
+            bare.side.close()
             return found
 
         try:

@@ -3,7 +3,8 @@
 megatron-core's own GPTModel or MambaModel with its TransformerEngine layers (its local ones on a CPU), its DDP, its distributed optimizer and its
 schedule, over random tokens that lie on the device already; nothing of ours but the shape of the model. Every switch of megatron-core that helps is
 on: fused weight gradients, rotary embedding, SwiGLU, bias-dropout-add and TransformerEngine's cross-entropy, reduction and gathering that overlap,
-the FP8 recipe and the recomputation of the case. Weights stay in bf16 with FP8 (`fp8.params` makes its optimizer slower).
+the FP8 recipe, the recomputation, the type of gradients and the split master weights of the case (its "precision-aware" optimizer). Weights stay in
+bf16 with FP8 (`fp8.params` makes its optimizer slower), moments in fp32 (TransformerEngine's AdamW widens bf16 ones in every step).
 Not there: Granite's multipliers, RoPE scaling, masks of padded vocabulary rows.
 """
 
@@ -104,6 +105,8 @@ def differences(case: Case, engine: bool) -> list[str]:
     model, found = case.model, [] if engine else ["megatron-core's local layers: TransformerEngine is not used on this device"]
     if (model.embedding_multiplier, model.residual_multiplier, model.logits_scaling) != (1.0, 1.0, 1.0):
         found.append("without the model's multipliers, which megatron-core does not have")
+    if case.train.optimizer.moments == "bf16":
+        found.append("moments in fp32: TransformerEngine's AdamW would copy bf16 ones to fp32 and back in every step")
     if model.is_hybrid and case.train.recompute == "full":
         found.append("nothing is recomputed: megatron-core's hybrid stack cannot")
     return found
@@ -176,8 +179,13 @@ def bare_model(case: Case, mesh: Mesh, config: TransformerConfig, engine: bool) 
 
 
 def bare_optimizer(case: Case, model: DistributedDataParallel) -> Any:
-    """The distributed optimizer, with the case's AdamW."""
+    """The distributed optimizer, with the case's AdamW and, where its master weights are split, megatron-core's own form of that."""
     adamw, bf16 = case.train.optimizer, case.train.precision == "bf16"
+    split: dict[str, Any] = {} if not adamw.split_master else {
+        "use_precision_aware_optimizer": True,
+        "store_param_remainders": True,
+        "main_grads_dtype": torch.bfloat16 if adamw.gradients == "bf16" else torch.float32,
+    }  # fmt: skip
     settings = mcore.optimizer_config(
         lr=adamw.lr,
         min_lr=0.0,
@@ -188,5 +196,6 @@ def bare_optimizer(case: Case, model: DistributedDataParallel) -> Any:
         clip_grad=adamw.clip_grad or 0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        **split,
     )
     return get_megatron_optimizer(settings, [model])

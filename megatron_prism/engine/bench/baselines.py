@@ -10,7 +10,7 @@ import torch
 
 from megatron_prism.engine.bench.bare import BareLoop
 from megatron_prism.engine.bench.cases import Case
-from megatron_prism.engine.bench.hugging_face import LigerLoop, TransformersLoop, liger_models
+from megatron_prism.engine.bench.hugging_face import AutocastLoop, LigerAutocastLoop, LigerLoop, TransformersLoop, liger_models
 from megatron_prism.engine.bench.sides import Side
 from megatron_prism.engine.device import has_transformer_engine
 from megatron_prism.engine.parallel import Mesh
@@ -19,7 +19,9 @@ from megatron_prism.errors import UserError
 BASELINES: dict[str, Callable[[Case, Mesh, torch.device], Side]] = {
     "bare_megatron_core": BareLoop,
     "transformers": TransformersLoop,
+    "transformers_autocast": AutocastLoop,
     "transformers_liger": LigerLoop,
+    "transformers_liger_autocast": LigerAutocastLoop,
 }
 
 
@@ -44,7 +46,9 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
     plan = case.plan
     if plan.tp * plan.pp * plan.cp > 1:
         return f"it runs on data-parallel ranks alone, the case has {plan.describe()}"
-    if name == "transformers":
+    if name.endswith("_autocast") and case.train.precision != "bf16":
+        return f"it multiplies in bf16, the case has train.precision={case.train.precision}"
+    if "liger" not in name:
         return None
     if device.type != "cuda":
         return "Liger's kernels need CUDA"
@@ -59,6 +63,8 @@ def _bare_obstacle(case: Case, device: torch.device) -> str | None:
         return "the bare loop has no pipeline"
     if device.type == "cuda" and not has_transformer_engine():
         return "TransformerEngine is not installed, and megatron-core's other layers would be no fair measure"
+    if device.type == "cpu" and case.train.optimizer.split_master:
+        return "megatron-core's split master weights need TransformerEngine's AdamW"
     if device.type == "cpu" and (case.plan.sp or case.plan.cp > 1):
         return "megatron-core's own layers know neither sequence nor context parallelism on a CPU"
     if case.model.is_hybrid and (device.type != "cuda" or importlib.util.find_spec("mamba_ssm") is None):

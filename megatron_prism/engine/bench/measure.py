@@ -1,5 +1,7 @@
 """Measures one case: builds the sides, warms them up, times them in turns, profiles ours. Called on every rank; figures are those of rank 0.
 
+As many sides as the device holds are in memory together, and each round times every one of them: ours is timed once for all.
+
 Owns: what is resident when, memory, what a failure does. A failure of one rank is told to all, so that the cases after it still run; where the ranks
 no longer come together the run ends.
 """
@@ -8,8 +10,9 @@ import gc
 import math
 import platform
 import re
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -36,8 +39,8 @@ PATIENCE_SECONDS = 180
 GIB = 2**30
 MEMORY_SHARE = 0.92
 """of the device that two sides may take together by estimate"""
-HUGGING_FACE_BYTES, HUGGING_FACE_LOGIT_BYTES = 8, 14
-"""of a parameter (bf16 weight, gradient, two moments); of a logit (bf16, fp32, and their gradients)"""
+HUGGING_FACE_BYTES, AUTOCAST_BYTES, HUGGING_FACE_LOGIT_BYTES = 8, 18, 14
+"""of a parameter (bf16 weight, gradient, two moments); the same in fp32, and autocast's bf16 copy; of a logit (bf16, fp32, and their gradients)"""
 OUT_OF_MEMORY = "OutOfMemoryError"
 Result = TypeVar("Result")
 
@@ -62,6 +65,18 @@ class Timing:
         self.rounds += other.rounds
         for name, value in other.parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + value
+
+
+@dataclass(frozen=True)
+class Open:
+    """A side that is built and warm."""
+
+    name: str
+    side: Side
+    memory: dict[str, float]
+    seconds: float
+    """that building it and its warm-up took"""
+    timing: Timing
 
 
 @dataclass(frozen=True)
@@ -133,33 +148,28 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _case(self, case: Case, traces: Path) -> dict[str, Any]:
+        began = time.monotonic()
         chosen, skipped = choose(case, self.device)
         site = Site(case, parallel.build_mesh(case.plan, case.train.seed), *matmul_tflops(self.device))
-        ours, memory = self.open(lambda: Ours(case, site.mesh, self.device), case.options.warmup)
+        ours = self.open("ours", lambda: Ours(case, site.mesh, self.device), case.options.warmup)
         try:
-            resident = [name for name in chosen if self.fits(name, case, memory)]
-            found, alone = self.ours(site, ours, memory, resident, alone=len(resident) < len(chosen))
-            found["ours"]["profile"] = self.attempt(lambda: self.profile(ours, case, traces))
+            beside = self.beside(site, ours, chosen)
+            later = [name for name in chosen if name not in beside or short_of_memory(case, beside[name])]
+            alone = Timing()
+            if later or not ours.timing.rounds:
+                self.turns([(ours.side, alone)], case)
+                ours.timing.add(alone)
+            found = self.side_figures(site, ours)
+            found["profile"] = self.attempt(lambda: self.profile(ours.side, case, traces))
         finally:
-            ours.close()
+            ours.side.close()
             self.clean()
-        beside = found["baselines"]
-        for name in chosen:
-            if name not in beside or (case.options.resident == "auto" and OUT_OF_MEMORY in beside[name].get("failed", "")):
-                beside[name] = self.attempt(partial(self.after, site, alone, name))
+        for name in later:
+            beside[name] = self.attempt(partial(self.after, site, alone, name))
         forget_fp8()
         beside |= {name: {"skipped": reason} for name, reason in skipped.items()}
-        return {**_describe(case, site.mesh), "matmul_tflops": site.ceiling, "matmul": site.product, **found}
-
-    def ours(self, site: Site, ours: Side, memory: dict[str, float], resident: list[str], alone: bool) -> tuple[dict[str, Any], Timing]:
-        """Our figures and those of the baselines that share the memory with us; and our rounds without another side, where they are wanted."""
-        timing, beside, without = Timing(), {}, Timing()
-        for name in resident:
-            beside[name] = self.attempt(partial(self.in_turns, site, ours, timing, name))
-        if alone or not timing.rounds or any("failed" in side for side in beside.values()):
-            self.turns([(ours, without)], site.case)
-            timing.add(without)
-        return {"ours": self.side_figures(site, ours, timing, memory), "baselines": beside}, without
+        rates = {"matmul_tflops": site.ceiling, "matmul_tflops_after": matmul_tflops(self.device)[0], "matmul": site.product}
+        return {**_describe(case, site.mesh), **rates, "ours": found, "baselines": beside, "seconds": time.monotonic() - began}
 
     def attempt(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A part whose failure leaves the rest of the case alone."""
@@ -168,34 +178,78 @@ class Bench:
         except CaseError as error:
             return {"failed": str(error)}
 
-    def in_turns(self, site: Site, ours: Side, timing: Timing, name: str) -> dict[str, Any]:
-        """A baseline beside ours: both in memory, one turn each in every round."""
-        side, memory = self.open(lambda: BASELINES[name](site.case, site.mesh, self.device), site.case.options.warmup)
-        mine, theirs = Timing(), Timing()
-        try:
-            self.turns([(ours, mine), (side, theirs)], site.case)
-            found = self.side_figures(site, side, theirs, memory)
-        finally:
-            side.close()
-            self.clean()
-        timing.add(mine)
-        return {**found, "ratio": figures.ratio(mine.rounds, theirs.rounds), "interleaved": True}
+    def beside(self, site: Site, ours: Open, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The figures of the baselines that share the memory with us; one that does not fit is not among them, one that fails says so.
+
+        As many at once as fit. Where a group fails its members try again one by one.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        waiting, most = list(names), len(names)
+        while waiting:
+            group = list[Open]()
+            try:
+                said = self.attempt(partial(self.in_turns, site, ours, group)) if self.gather(site, ours, waiting, group, most, found) else {}
+            finally:
+                for other in group:
+                    other.side.close()
+                self.clean()
+            if "failed" not in said:
+                found |= said
+            elif len(group) == 1:
+                found[group[0].name] = said
+            else:
+                waiting, most = [*(other.name for other in group), *waiting], 1
+        return found
+
+    def gather(self, site: Site, ours: Open, waiting: list[str], group: list[Open], most: int, found: dict[str, Any]) -> bool:
+        """Build up to so many of the baselines that wait, as many as fit beside ours and each other; whether there are any."""
+        for name in list(waiting):
+            held = sum(other.memory.get("between_steps_gib", 0.0) for other in group)
+            if len(group) == most or (group and not self.fits(name, site.case, ours.memory, held)):
+                continue
+            waiting.remove(name)
+            if not self.fits(name, site.case, ours.memory):
+                continue
+            try:
+                group.append(self.together(partial(self.baseline, site, name)))
+            except CaseError as error:
+                found[name] = {"failed": str(error)}
+        return bool(group)
+
+    def baseline(self, site: Site, name: str) -> Open:
+        """A baseline, built and warm."""
+        return self.open(name, lambda: BASELINES[name](site.case, site.mesh, self.device), site.case.options.warmup)
+
+    def in_turns(self, site: Site, ours: Open, group: list[Open]) -> dict[str, Any]:
+        """Time ours and each of a group, all in memory, one turn each in every round; their figures by name."""
+        mine = Timing()
+        self.turns([(ours.side, mine), *((other.side, other.timing) for other in group)], site.case)
+        found = {
+            other.name: {
+                **self.side_figures(site, other),
+                "ratio": figures.ratio(mine.rounds, other.timing.rounds),
+                "interleaved": True,
+                "in_turns_with": ["ours", *(one.name for one in group if one is not other)],
+            }
+            for other in group
+        }
+        ours.timing.add(mine)
+        return found
 
     def after(self, site: Site, alone: Timing, name: str) -> dict[str, Any]:
         """A baseline by itself, where both do not fit: its rounds are set against ours, taken before it."""
-        side, memory = self.open(lambda: BASELINES[name](site.case, site.mesh, self.device), site.case.options.warmup)
-        theirs = Timing()
+        other = self.baseline(site, name)
         try:
-            self.turns([(side, theirs)], site.case)
-            found = self.side_figures(site, side, theirs, memory)
+            self.turns([(other.side, other.timing)], site.case)
+            found = self.side_figures(site, other)
         finally:
-            side.close()
+            other.side.close()
             self.clean()
         found["notes"] = [*found["notes"], "not in turns with ours but after it: the two do not fit into memory together, or resident=false"]
-        return {**found, "ratio": figures.ratio(alone.rounds, theirs.rounds), "interleaved": False}
+        return {**found, "ratio": figures.ratio(alone.rounds, other.timing.rounds), "interleaved": False}
 
-    def fits(self, name: str, case: Case, memory: dict[str, float]) -> bool:
-        """Whether a baseline fits beside ours: by its wish, else by an estimate from what ours took."""
+    def fits(self, name: str, case: Case, memory: dict[str, float], held: float = 0.0) -> bool:
+        """Whether a baseline fits beside ours and others, which hold so many GiB: by the case's wish, else by an estimate from what ours took."""
         if case.options.resident != "auto" or self.device.type == "cpu":
             return bool(case.options.resident)
         peak, steady = memory["peak_allocated_gib"], memory["between_steps_gib"]
@@ -203,8 +257,9 @@ class Bench:
             theirs = 1.1 * peak
         else:
             logits = case.plan.micro_batch * case.train.data.seq_len * case.model.vocab_size * HUGGING_FACE_LOGIT_BYTES / GIB
-            theirs = HUGGING_FACE_BYTES * cost.num_parameters(case.model) / GIB + logits + 2 * (peak - steady)
-        return steady + theirs < MEMORY_SHARE * torch.cuda.get_device_properties(self.device).total_memory / GIB
+            weights = (AUTOCAST_BYTES if name.endswith("_autocast") else HUGGING_FACE_BYTES) * cost.num_parameters(case.model) / GIB
+            theirs = weights + logits + 2 * (peak - steady)
+        return steady + held + theirs < MEMORY_SHARE * torch.cuda.get_device_properties(self.device).total_memory / GIB
 
     def profile(self, side: Side, case: Case, traces: Path) -> dict[str, Any]:
         """What a trace of rank 0 tells; the other ranks take the same steps."""
@@ -220,16 +275,19 @@ class Bench:
         synchronize(self.device)
         return {}
 
-    def open(self, build: Callable[[], Side], warmup: int) -> tuple[Side, dict[str, float]]:
-        """Build a side and warm it up; and the most memory that it took, largest over the ranks. A side that fails on the way is closed."""
+    def open(self, name: str, build: Callable[[], Side], warmup: int) -> Open:
+        """Build a side and warm it up; with the most memory that it took, largest over the ranks. A side that fails on the way is closed.
+
+        The last step of its warm-up is taken in turns with the others, where there are several.
+        """
         self.clean()
-        on_gpu = self.device.type == "cuda"
+        on_gpu, began = self.device.type == "cuda", time.monotonic()
         before = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if on_gpu else (0, 0)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         side = build()
         try:
-            for _ in range(warmup):
+            for _ in range(max(warmup - 1, 1)):
                 side.step()
             _check(side)
         except Exception:
@@ -237,7 +295,7 @@ class Bench:
             raise
         synchronize(self.device)
         side.timeline.read()  # the warm-up's
-        return side, self._memory(before) if on_gpu else {}
+        return Open(name, side, self._memory(before) if on_gpu else {}, time.monotonic() - began, Timing())
 
     def _memory(self, before: tuple[int, int]) -> dict[str, float]:
         found = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), torch.cuda.memory_allocated())
@@ -246,10 +304,10 @@ class Bench:
         return dict(zip(("peak_allocated_gib", "peak_reserved_gib", "between_steps_gib"), (bytes_ / GIB).tolist(), strict=True))
 
     def turns(self, sides: list[tuple[Side, Timing]], case: Case) -> None:
-        """Time every side in every round, first the one first, then the other. With several sides one more round goes ahead, uncounted."""
+        """Time every side in every round, in this order and then in the other. The last step of a warm-up goes ahead, where it has more than one."""
         options = case.options
         steps = math.ceil(options.steps / options.rounds)
-        for number in range(-1 if len(sides) > 1 else 0, options.rounds):
+        for number in range(-1 if options.warmup > 1 else 0, options.rounds):
             for side, timing in reversed(sides) if number % 2 else sides:
                 times = self.turn(side, steps if number >= 0 else 1)
                 parts = side.timeline.read()
@@ -268,9 +326,9 @@ class Bench:
         synchronize(self.device)
         return [milliseconds(begin, end) for begin, end in pairwise(marks)]
 
-    def side_figures(self, site: Site, side: Side, timing: Timing, memory: dict[str, float]) -> dict[str, Any]:
+    def side_figures(self, site: Site, opened: Open) -> dict[str, Any]:
         """What is reported of one side."""
-        case = site.case
+        case, side, timing = site.case, opened.side, opened.timing
         times = [step for turn in timing.rounds for step in turn]
         summary = figures.summary(times)
         return {
@@ -278,11 +336,17 @@ class Bench:
             **figures.rates(case.model, case.train.data.seq_len, case.tokens_per_step, self.ranks, summary["median"], site.ceiling),
             "split_ms": (parts := figures.split(timing.parts, times)),
             "data_share": parts["data"] / summary["mean"],
-            "memory": memory or None,
+            "memory": opened.memory or None,
+            "seconds_to_warm": opened.seconds,
             "parameters_on_rank_0": side.parameters(),
             "loss": side.loss(),
             "notes": side.notes,
         }
+
+
+def short_of_memory(case: Case, found: dict[str, Any]) -> bool:
+    """Whether a baseline failed beside ours for want of memory, and may run after it."""
+    return case.options.resident == "auto" and OUT_OF_MEMORY in found.get("failed", "")
 
 
 def _describe(case: Case, mesh: Mesh) -> dict[str, Any]:
