@@ -74,7 +74,13 @@ def from_random(root: Path, **changes: Any) -> dict[str, str]:
 
 
 def run_cases(
-    root: Path, ranks: int, cases: dict[str, dict[str, Any]], timeout: float = 1000, folder: Path | None = None, **common: Any
+    root: Path,
+    ranks: int,
+    cases: dict[str, dict[str, Any]],
+    timeout: float = 1000,
+    folder: Path | None = None,
+    script: Path = LAYOUT_RUNS,
+    **common: Any,
 ) -> dict[str, list[dict[str, Any]]]:
     """Train each case ({"set": {...}, "fault": name}) in one launch on `ranks` ranks, into FOLDER/NAME; the metrics of each, step by step."""
     folder = folder or root / f"runs_{ranks}_{len(list(root.glob('runs_*')))}"
@@ -90,7 +96,7 @@ def run_cases(
         },
     }
     (folder / "cases.json").write_text(json.dumps(plan))
-    run_ranks(LAYOUT_RUNS, ranks, str(folder / "cases.json"), timeout=timeout)
+    run_ranks(script, ranks, str(folder / "cases.json"), timeout=timeout)
     return {name: metrics(folder / name) for name in cases}
 
 

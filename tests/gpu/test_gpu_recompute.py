@@ -16,10 +16,11 @@ from megatron_prism.planning.layout import make_plan
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LENGTH = 16384
+"""tokens. The hybrid's mixer, whose backward pass takes more memory than all that is kept, comes last: what the others keep is there meanwhile"""
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "pattern"), [("llama-3.1-8b", 4, None), ("nemotron-h-8b-base-8k", 6, "M-*-*-"), ("mistral-7b-v0.1", 3, None)]
+    ("name", "layers", "pattern"), [("llama-3.1-8b", 4, None), ("nemotron-h-8b-base-8k", 6, "*-*-M-"), ("mistral-7b-v0.1", 3, None)]
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 def test_gradients_are_equal_and_memory_falls(tmp_path, name, layers, pattern, packed):
@@ -35,8 +36,8 @@ def test_gradients_are_equal_and_memory_falls(tmp_path, name, layers, pattern, p
     positions = torch.arange(LENGTH, device=place).unsqueeze(0)
     lengths = (5000, 11384)
     rows = {"packed_seq_params": documents(torch.tensor([0, 5000, LENGTH], dtype=torch.int32, device=place), lengths)} if packed else {}
-    losses, gradients, peaks, times = {}, {}, {}, {}
-    weights: list[torch.Tensor] = []
+    losses, apart, peaks, times = {}, {}, {}, {}
+    weights, expected = list[torch.Tensor](), list[torch.Tensor]()
     for case, options in OPTIONS.items():
         (chunk,) = build(shape, mesh, BuildOptions(precision="bf16", **options), place)
         weights = weights or [weight.detach().clone() for weight in chunk.parameters()]
@@ -57,13 +58,15 @@ def test_gradients_are_equal_and_memory_falls(tmp_path, name, layers, pattern, p
             torch.cuda.synchronize()
             peaks[case], times[case] = (torch.cuda.max_memory_allocated() - before) / 2**20, start.elapsed_time(end)
         losses[case] = loss.item()
-        gradients[case] = [weight.grad.float().cpu() for weight in model.parameters() if weight.grad is not None]
-        del model, chunk, loss
-    print({case: (round(peaks[case]), round(times[case], 1)) for case in OPTIONS})
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        expected = expected or gradients
+        differences = [(found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30) for found, wanted in zip(gradients, expected, strict=True)]
+        apart[case] = torch.stack(differences).max().item()  # on the device: a billion numbers take a minute on the host
+        del model, chunk, loss, gradients
+    print(name, {case: (round(peaks[case]), round(times[case], 1), f"{apart[case]:.1e}") for case in OPTIONS})
     for case in OPTIONS:
         assert losses[case] == losses["nothing recomputed"]
-        for found, expected in zip(gradients[case], gradients["nothing recomputed"], strict=True):
-            assert (found - expected).abs().max() <= 1e-2 * expected.abs().max()
+        assert apart[case] <= 1e-2
     assert peaks["offloaded"] < peaks["recomputed"] < peaks["attention kept"] < peaks["nothing recomputed"]
     assert peaks["attention kept, offloaded"] < peaks["attention kept"]
     assert LENGTH * shape.hidden_size * 2 > recompute.MIN_BYTES
