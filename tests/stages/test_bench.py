@@ -145,6 +145,22 @@ def test_a_baseline_that_fails_leaves_the_figures_of_the_others(tmp_path, monkey
     assert case["baselines"]["bare_megatron_core"]["ratio"]["rounds"] == 1
 
 
+def test_sides_that_fail_together_try_again_one_by_one(tmp_path, monkeypatch):
+    whole = measure.Bench.turns
+
+    def only_two(self: measure.Bench, turns: Any, case: Case) -> None:
+        if len(turns) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        whole(self, turns, case)
+
+    monkeypatch.setattr(measure.Bench, "turns", only_two)
+    cfg = config(tmp_path, baselines=["bare_megatron_core", "transformers"], steps=1, rounds=1)
+    bench.run(cfg)
+    (case,) = results(cfg)["cases"]
+    assert [case["baselines"][name]["in_turns_with"] for name in ("bare_megatron_core", "transformers")] == [["ours"], ["ours"]]
+    assert case["ours"]["step_ms"]["steps"] == 2  # once beside each
+
+
 def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path, monkeypatch):
     cfg = config(tmp_path, cases=[{"name": "a"}, {"name": "b"}], steps=1, rounds=1)
     whole = measure.Bench.case
@@ -169,16 +185,22 @@ def test_no_case_begins_when_the_minutes_are_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("resident", "peak", "steady", "fits"),
-    [("auto", 45.0, 34.0, True), ("auto", 115.0, 95.0, False), (True, 115.0, 95.0, True), (False, 45.0, 34.0, False)],
+    ("resident", "peak", "steady", "held", "fits"),
+    [
+        ("auto", 45.0, 34.0, 0.0, True),
+        ("auto", 45.0, 34.0, 50.0, False),
+        ("auto", 115.0, 95.0, 0.0, False),
+        (True, 115.0, 95.0, 0.0, True),
+        (False, 45.0, 34.0, 0.0, False),
+    ],
 )
-def test_two_sides_share_a_gpu_where_both_fit_by_what_ours_took(tiny_case, monkeypatch, resident, peak, steady, fits):
+def test_sides_share_a_gpu_where_all_fit_by_what_ours_took(tiny_case, monkeypatch, resident, peak, steady, held, fits):
     """GiB of the 8 layers and of the whole LLaMA-3.1-8B on an H200 of 140 GiB."""
     case, _, _ = tiny_case
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=140 * 2**30))
     wished = replace(case, options=case.options.model_copy(update={"resident": resident}))
     memory = {"peak_allocated_gib": peak, "between_steps_gib": steady}
-    assert measure.Bench(torch.device("cuda", 0)).fits("bare_megatron_core", wished, memory) == fits
+    assert measure.Bench(torch.device("cuda", 0)).fits("bare_megatron_core", wished, memory, held) == fits
 
 
 @pytest.mark.parametrize("kind", [sides.Ours, bare.BareLoop])
@@ -211,17 +233,28 @@ def test_our_side_trains_as_prism_train_does(tiny_case):
     assert found == losses
 
 
+def test_our_side_checks_its_memory_where_the_case_does(tiny_case):
+    case, mesh, place = tiny_case
+    case = replace(case, train=case.train.model_copy(update={"check_memory": True}))
+    side = sides.Ours(case, mesh, place)
+    side.step()
+    assert side.engine.optimizer.memory is not None and side.engine.optimizer.memory.known is not None
+    side.close()
+
+
 @pytest.mark.parametrize(
     ("model", "name", "parallel_keys", "words"),
     [
         ("nemotron-h-8b-base-8k:5", "bare_megatron_core", {}, "hybrid model needs CUDA and mamba-ssm"),
         ("llama-3.1-8b:2", "bare_megatron_core", {"pp": 2}, "no pipeline"),
+        ("llama-3.1-8b:2", "bare_megatron_core", {"split_master": True}, "split master weights need TransformerEngine"),
         ("llama-3.1-8b:2", "transformers", {"tp": 2}, "data-parallel ranks alone"),
         ("llama-3.1-8b:2", "transformers_liger", {}, "need CUDA"),
     ],
 )
 def test_a_baseline_that_cannot_run_is_refused_by_name_or_skipped(tmp_path, model, name, parallel_keys, words):
-    train = {"data": {"seq_len": SEQ_LEN}, "device": "cpu", "parallel": parallel_keys}
+    adamw, parallel_keys = (parallel_keys, {}) if "split_master" in parallel_keys else ({}, parallel_keys)
+    train = {"data": {"seq_len": SEQ_LEN}, "device": "cpu", "parallel": parallel_keys, "optimizer": adamw}
     cfg = config(tmp_path, model=model, vocab_size=64, train=train, baselines=[name])
     (case,) = resolve(cfg, 2 if parallel_keys else 1, tmp_path / "work")
     with pytest.raises(UserError, match=rf"{name}: .*{words}"):
