@@ -6,6 +6,7 @@ Called on every rank. What happens when is decided from the step alone, or told 
 import shutil
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,9 +37,10 @@ from megatron_prism.engine import (
 from megatron_prism.engine.bad_steps import Memory
 from megatron_prism.engine.calendar import HF_FILES, Evaluate, every
 from megatron_prism.engine.checkpoint import Progress
+from megatron_prism.engine.cuda_graphs import MicroBatchGraphs, draw_nothing
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.metrics import MetricsLog
-from megatron_prism.engine.model import BuildOptions, build
+from megatron_prism.engine.model import BuildOptions, Chunk, build
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
 from megatron_prism.engine.packed_data import PackedReader, open_reader
 from megatron_prism.engine.parallel import Mesh
@@ -159,6 +161,8 @@ def build_run(cfg: TrainConfig) -> Run:
         log.say(data.describe())
     if data.loss_line is not None:
         log.say(data.loss_line)
+    if engine.graphs is not None:
+        log.say(engine.graphs.describe(plan.dp))
     return run
 
 
@@ -169,8 +173,20 @@ def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place:
         tp_overlap.start(mesh, place, cfg.data.seq_len, model_config.hidden_size, fp8=cfg.fp8 is not None, bf16_layers=bf16_layers)
     chunks = build(model_config, mesh, build_options(cfg), place)
     freeze(chunks, cfg.trainable)
-    model = wrap_model(chunks, mesh, cfg.optimizer, overlap=place.type == "cuda")
-    return Engine(model, build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16"), mesh, place)
+    graphs = _graphs(cfg, chunks, place)
+    with nullcontext() if graphs is None else graphs.beside():
+        model = wrap_model(chunks, mesh, cfg.optimizer, overlap=place.type == "cuda" and graphs is None)
+    return Engine(model, build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16"), mesh, place, graphs=graphs)
+
+
+def _graphs(cfg: TrainConfig, chunks: list[Chunk], place: torch.device) -> MicroBatchGraphs | None:
+    if not cfg.cuda_graphs:
+        return None
+    if place.type != "cuda":
+        raise UserError("cuda_graphs=true, and device=auto found no CUDA device here; set cuda_graphs=false")
+    for chunk in chunks:
+        draw_nothing(chunk)
+    return MicroBatchGraphs(place)
 
 
 def build_options(cfg: TrainConfig) -> BuildOptions:

@@ -78,6 +78,8 @@ class TrainConfig(Block):
     """with recompute=full: what layers keep waits in host memory for the backward pass"""
     deterministic: bool = False
     """only kernels whose sums have a fixed order, so that equal runs are equal bit for bit on GPUs too; slower"""
+    cuda_graphs: bool = Field(default=False, exclude=True)
+    """a micro-batch's forward and backward pass is recorded once and replayed whole: for models whose kernels the host starts too slowly"""
     trainable: Trainable = "all"
     """all weights, or `attention`: its projections alone; the others keep their values and take no gradient and no optimizer state"""
     max_position_embeddings: Positive | None = None
@@ -185,6 +187,23 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _graphs_can_be_captured(self) -> "TrainConfig":
+        if not self.cuda_graphs:
+            return self
+        parallel, exchanges = self.parallel, "exchanges inside a graph are not proved"
+        rules: list[tuple[bool, str, str]] = [
+            (self.device == "cpu", f"device={self.device}: graphs are CUDA's", "device=cuda"),
+            (parallel.model_ranks > 1, f"parallel.pp={parallel.pp}, tp={parallel.tp}, cp={parallel.cp}: {exchanges}", "1 for all three"),
+            (self.data.packing is not None, "data.packing: documents end elsewhere in every batch, and a graph repeats one", "data.packing=none"),
+            (self.hidden_dropout > 0, f"hidden_dropout={self.hidden_dropout}: its random numbers are not taken into a graph", "0"),
+            (self.recompute is not None, f"recompute={self.recompute}: it puts random states back, which a graph cannot", "recompute=none"),
+        ]
+        for is_broken, rule, fix in rules:
+            if is_broken:
+                raise ValueError(f"cuda_graphs=true with {rule}; use {fix}, or cuda_graphs=false")
+        return self
+
+    @model_validator(mode="after")
     def _packing_fits_the_layout(self) -> "TrainConfig":
         packing, cp = self.data.packing, self.parallel.cp
         if packing is None:
@@ -253,6 +272,11 @@ def check_model(cfg: TrainConfig, model: ModelConfig, plan: layout.ParallelPlan)
         check_packing(plan.cp_comm_type)
     if cfg.fp8 is not None:
         check_fp8(model, plan, cfg.data.seq_len, cfg.fp8)
+    if cfg.cuda_graphs and cfg.fp8 is not None and cfg.fp8.recipe == "delayed" and plan.dp > 1:
+        raise UserError(
+            f"cuda_graphs=true with fp8.recipe=delayed on {plan.dp} data-parallel ranks: they agree on scales inside the pass, and exchanges inside "
+            "a graph are not proved; use tensorwise or blockwise, or cuda_graphs=false"
+        )
     if cfg.fp8 is not None and model.is_hybrid and cfg.recompute == "full":
         raise UserError(
             "fp8 with recompute=full: a hybrid's layers would be computed again in bf16, and their gradients with them; drop one of the two"

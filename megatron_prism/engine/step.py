@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prism.engine import watchdog
+from megatron_prism.engine.cuda_graphs import MicroBatchGraphs
 from megatron_prism.engine.data import MicroBatch, SampleReader
 from megatron_prism.engine.loss import LossParts, masked_loss
 from megatron_prism.engine.optimizer import Optimizer, set_learning_rate
@@ -25,13 +26,17 @@ Batch = TypeVar("Batch", bound=MicroBatch)
 
 @dataclass
 class Engine:
-    """What a step needs: the wrapped chunks, their optimizer, this rank's mesh and device. clock: of what its own work takes."""
+    """What a step needs: the wrapped chunks, their optimizer, this rank's mesh and device. clock: of what its own work takes.
+
+    graphs: what a training step takes its gradients by in place of megatron-core's schedule; None: nothing does.
+    """
 
     model: list[DistributedDataParallel]
     optimizer: Optimizer
     mesh: Mesh
     device: torch.device
     clock: Clock = field(default_factory=Clock)
+    graphs: MicroBatchGraphs | None = None
 
     def __post_init__(self) -> None:
         self.clock.device = self.device
@@ -64,7 +69,11 @@ def train_step(engine: Engine, data: SampleReader, first_sample: int, lr: float,
     for chunk in engine.model:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    parts = forward_backward(engine, data, first_sample, forward_only=False)
+    if engine.graphs is None:
+        parts = forward_backward(engine, data, first_sample, forward_only=False)
+    else:
+        batches = data.step(first_sample, engine.mesh, engine.device)
+        parts = engine.graphs.forward_backward(engine.model[0], batches, engine.mesh.plan.num_microbatches, len(data.names), engine.clock)
     watchdog.beat("the optimizer's step")
     set_learning_rate(engine.optimizer, lr, weight_decay)
     grad_norm, usable = engine.optimizer.step(parts)

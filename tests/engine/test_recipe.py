@@ -31,6 +31,13 @@ BASE = ["output=out", "model.hf_config=m", "model.tokenizer=m", "data.blend=b", 
         (["sliding_window=keep"], "is changed by another stage: prism extend"),
         (["offload_activations=true", "recompute=selective"], "recompute=selective is set; set recompute=full"),
         (["offload_activations=true", "recompute=full", "recompute_layers=2"], "recompute all, or offload nothing"),
+        (["cuda_graphs=true", "device=cpu"], "device=cpu: graphs are CUDA's; use device=cuda, or cuda_graphs=false"),
+        (["cuda_graphs=true", "parallel.tp=2"], "pp=1, tp=2, cp=1: exchanges inside a graph are not proved; use 1 for all three, or"),
+        (["cuda_graphs=true", "parallel.pp=2"], "pp=2, tp=1, cp=1: exchanges inside a graph"),
+        (["cuda_graphs=true", "parallel.cp=2"], "pp=1, tp=1, cp=2: exchanges inside a graph"),
+        (["cuda_graphs=true", "data.packing.pad_multiple=16"], "data.packing: documents end elsewhere in every batch"),
+        (["cuda_graphs=true", "hidden_dropout=0.1"], "hidden_dropout=0.1: its random numbers are not taken into a graph; use 0"),
+        (["cuda_graphs=true", "recompute=selective"], "recompute=selective: it puts random states back"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, message):
@@ -53,6 +60,19 @@ def test_what_a_hybrid_cannot_do_is_refused(overrides, message):
     model = families.find(config).model_config(config)
     with pytest.raises(UserError, match=message):
         check_model(cfg, model, make_plan(model, ParallelConfig(), 1, 8192, global_batch=1, micro_batch=1))
+
+
+def test_graphs_with_delayed_scaling_are_refused_where_ranks_agree_on_scales():
+    cfg = load_recipe(None, [*BASE, "cuda_graphs=true", "fp8.recipe=delayed"], TrainConfig)
+    config = families.published("llama-3.1-8b")
+    model = families.find(config).model_config(config)
+    check_model(cfg, model, make_plan(model, ParallelConfig(), 1, 8192, global_batch=1, micro_batch=1))
+    with pytest.raises(UserError, match=r"on 2 data-parallel ranks: they agree on scales inside the pass.*use tensorwise or blockwise"):
+        check_model(cfg, model, make_plan(model, ParallelConfig(), 2, 8192, global_batch=2, micro_batch=1))
+
+
+def test_graphs_change_no_result_and_are_no_part_of_what_a_run_is():
+    assert "cuda_graphs" not in load_recipe(None, [*BASE, "cuda_graphs=true"], TrainConfig).model_dump()
 
 
 @pytest.mark.parametrize("name", ["", "model.json", "nowhere"])

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_prism.config import load_recipe
 from megatron_prism.engine import checkpoint, context_parallel, data, loop, loss, model, parallel, step
 from megatron_prism.engine.context_parallel import Chunk, chunks
+from megatron_prism.engine.cuda_graphs import MicroBatchGraphs
 from megatron_prism.engine.data import MicroBatch
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.kernels.linear_cross_entropy import linear_cross_entropy
@@ -49,11 +50,17 @@ LOAD_ALL = checkpoint.load_all
 
 
 WRAP_MODEL = loop.wrap_model
+BUILD_ENGINE = loop.build_engine
 
 
 def overlapping(*args: Any, overlap: bool) -> Any:
     """DDP as on CUDA."""
     return WRAP_MODEL(*args, overlap=True)
+
+
+def one_by_one(*args: Any) -> step.Engine:
+    """An engine that takes gradients as one with CUDA graphs does; on a CPU its passes stay eager."""
+    return replace(BUILD_ENGINE(*args), graphs=MicroBatchGraphs(torch.device("cpu")))
 
 
 @contextlib.contextmanager
@@ -108,7 +115,8 @@ def planted(fault: str | None) -> Iterator[None]:
         ),
         "shared_adam_step": mock.patch.object(checkpoint, "load_all", load_with_one_step_tensor),
         "mean_of_micro_batch_means": planted_means(),
-        # not a fault: weights are gathered while the next forward pass runs, as on CUDA
+        # not faults: micro-batches without megatron-core's schedule; weights gathered while the next forward pass runs, as on CUDA
+        "one_by_one": mock.patch.object(loop, "build_engine", one_by_one),
         "overlap": mock.patch.object(loop, "wrap_model", overlapping),
         "overlap_saved_ungathered": ungathered(),
         "zigzag_shifted_by_one": mock.patch.object(data, "chunks", second_slice_early),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,16 @@ import torch
 from megatron_prism.engine.bench.bare import BareLoop
 from megatron_prism.engine.bench.cases import Case
 from megatron_prism.engine.bench.hugging_face import AutocastLoop, LigerAutocastLoop, LigerLoop, TransformersLoop, liger_models
-from megatron_prism.engine.bench.sides import Side
+from megatron_prism.engine.bench.sides import Ours, Side
 from megatron_prism.engine.device import has_transformer_engine
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.errors import UserError
+
+
+def _eager(case: Case, mesh: Mesh, device: torch.device) -> Side:
+    """Ours, its kernels started one by one."""
+    return Ours(replace(case, train=case.train.model_copy(update={"cuda_graphs": False})), mesh, device)
+
 
 BASELINES: dict[str, Callable[[Case, Mesh, torch.device], Side]] = {
     "bare_megatron_core": BareLoop,
@@ -22,6 +29,7 @@ BASELINES: dict[str, Callable[[Case, Mesh, torch.device], Side]] = {
     "transformers_autocast": AutocastLoop,
     "transformers_liger": LigerLoop,
     "transformers_liger_autocast": LigerAutocastLoop,
+    "without_cuda_graphs": _eager,
 }
 
 
@@ -43,6 +51,8 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
     """Why a baseline cannot run a case here; None if it can."""
     if name == "bare_megatron_core":
         return _bare_obstacle(case, device)
+    if name == "without_cuda_graphs":
+        return None if case.train.cuda_graphs else "the case has none: set train.cuda_graphs=true"
     plan = case.plan
     if plan.tp * plan.pp * plan.cp > 1:
         return f"it runs on data-parallel ranks alone, the case has {plan.describe()}"

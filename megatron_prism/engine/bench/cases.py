@@ -25,7 +25,9 @@ from megatron_prism.errors import UserError
 from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning.layout import ParallelPlan, make_plan
 
-Baseline = Literal["bare_megatron_core", "transformers", "transformers_autocast", "transformers_liger", "transformers_liger_autocast"]
+Baseline = Literal[
+    "bare_megatron_core", "transformers", "transformers_autocast", "transformers_liger", "transformers_liger_autocast", "without_cuda_graphs"
+]
 SEQ_LEN = 8192
 OWNED = {"output": "output", "model": "model (and vocab_size)", "steps": "steps"}
 """keys of a training recipe that the case itself sets -> what to set instead"""
@@ -47,8 +49,8 @@ class CaseConfig(Block):
     train: dict[str, Any] = Field(default_factory=dict)
     """keys of a training recipe (prism train --keys); data.seq_len is 8192 unless set, tokens are random without data.blend"""
     baselines: Literal["available"] | list[Baseline] = Field(default_factory=list)
-    """what to measure beside ours, in turns: bare_megatron_core, transformers and transformers_liger, both also with _autocast; available: those that
-    can run here"""
+    """what to measure beside ours, in turns: bare_megatron_core, transformers and transformers_liger, both also with _autocast, without_cuda_graphs;
+    available: those that can run here"""
     warmup: Positive = 5
     """steps of each side before its clock starts; the last of several in turns with the others"""
     steps: Positive = 10

@@ -16,8 +16,8 @@ import torch
 
 CUBE = {"cuda": 8192, "cpu": 512}
 MATMUL_WARMUP, MATMULS = 5, 20
-MEGATRON_CORE_NAMES = {"forward-compute": "forward", "backward-compute": "backward"}
-"""its hooks -> our spans; it has more, which are left alone"""
+SPANS = {"forward-compute": "forward", "backward-compute": "backward", "micro-batch": "graph"}
+"""hooks of megatron-core's schedule, and of ours with CUDA graphs -> our spans; there are more, which are left alone"""
 
 
 def mark(device: torch.device) -> Any:
@@ -73,7 +73,7 @@ class Timeline:
         self.nothing = _Nothing(device)
 
     def __call__(self, name: str, log_level: int = 0) -> Span:
-        return self.spans[MEGATRON_CORE_NAMES[name]] if name in MEGATRON_CORE_NAMES else self.nothing
+        return self.spans[SPANS[name]] if name in SPANS else self.nothing
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

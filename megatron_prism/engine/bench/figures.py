@@ -9,7 +9,8 @@ from megatron_prism.families.model_config import ModelConfig
 from megatron_prism.planning.flops import flops_per_token
 
 CONFIDENCE = 0.95
-PARTS = ("data", "forward", "backward", "reduction", "optimizer")
+PARTS = ("data", "forward", "backward", "graph", "reduction", "optimizer")
+"""graph: forward and backward of a micro-batch whose passes are CUDA graphs"""
 
 
 def summary(step_ms: Sequence[float]) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class Ours:
     def close(self) -> None:
         """End the reader's thread, free the model."""
         self.reader.close()
+        if self.engine.graphs is not None:
+            self.engine.graphs.forget()
         free(self.engine.model, self.engine.optimizer)
 
 
