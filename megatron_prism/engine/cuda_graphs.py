@@ -182,11 +182,12 @@ def known_by_address(model: torch.nn.Module) -> list[Any]:
 
 def addresses_of(model: torch.nn.Module) -> Callable[[], list[int]]:
     """What tells where weights, their gradients and the state of delayed scaling lie: a moment's work, for every step."""
-    weights = [(weight, "data") for weight in model.parameters()] + [(weight, "main_grad") for weight in model.parameters() if weight.requires_grad]
+    weights = list(model.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
     metas = [module.fp8_meta for module in model.modules() if hasattr(module, "fp8_meta")]
 
     def look() -> list[int]:
-        tensors = [getattr(*place) for place in weights]
+        tensors = weights + [weight.main_grad for weight in trained]
         scalings = [meta[key] for meta in metas for key in ("scaling_fwd", "scaling_bwd") if key in meta]
         tensors += [getattr(scaling, name) for scaling in scalings for name in ("scale", "amax_history") if hasattr(scaling, name)]
         return [tensor.data_ptr() for tensor in tensors]

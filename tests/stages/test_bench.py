@@ -250,6 +250,7 @@ def test_our_side_checks_its_memory_where_the_case_does(tiny_case):
         ("llama-3.1-8b:2", "bare_megatron_core", {"split_master": True}, "split master weights need TransformerEngine"),
         ("llama-3.1-8b:2", "transformers", {"tp": 2}, "data-parallel ranks alone"),
         ("llama-3.1-8b:2", "transformers_liger", {}, "need CUDA"),
+        ("llama-3.1-8b:2", "without_cuda_graphs", {}, "set train.cuda_graphs=true"),
     ],
 )
 def test_a_baseline_that_cannot_run_is_refused_by_name_or_skipped(tmp_path, model, name, parallel_keys, words):
