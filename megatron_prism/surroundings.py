@@ -9,7 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+RECORDED_PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "flash-attn-4", "mamba-ssm", "causal-conv1d"),
+    *("transformers", "tokenizers", "safetensors", "numpy", "pydantic"),
+)
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 

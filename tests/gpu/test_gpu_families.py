@@ -32,8 +32,10 @@ KINDS = {
 }
 if fused.missing() is not None:
     del KINDS["bf16 with FlashAttention-4"]
-BOUNDS = {"fp32": (1e-4, 1e-2), "bf16": (2e-3, 1.5e-1)}
-"""loss (relative), gradient of one weight (relative, Frobenius norm); in bf16 on a CPU, with the references, up to 5e-4 and 8e-2 (a step bias)"""
+HYBRIDS = ("granite_hybrid", "nemotron_h")
+BOUNDS = {"fp32": (1e-6, 1e-4), "fp32 hybrid": (1e-4, 3e-2), "bf16": (2e-3, 1.5e-1)}
+"""loss (relative), gradient of one weight (relative, Frobenius norm). fp32: 2e-7 and 5e-6 were measured, of hybrids, whose scan multiplies in TF32,
+2.1e-5 and 1.4e-2 (a step bias); in bf16 on a CPU, with the references, up to 5e-4 and 8e-2 (a step bias)"""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def test_loss_and_gradients_are_those_of_transformers_with_fused_kernels(root):
             errors = {weight: ((ours[weight] - wanted).norm() / wanted.norm().clamp(min=floor)).item() for weight, wanted in expected.items()}
             worst = max(errors, key=lambda weight: errors[weight])
             print(f"{name} {kind}: loss {abs(our_loss / loss - 1):.1e}, gradients {errors[worst]:.1e} ({worst})", flush=True)
-            if not (abs(our_loss / loss - 1) < BOUNDS[kind[:4]][0] and errors[worst] < BOUNDS[kind[:4]][1]):
+            bounds = BOUNDS["fp32 hybrid" if kind == "fp32" and name in HYBRIDS else kind[:4]]
+            if not (abs(our_loss / loss - 1) < bounds[0] and errors[worst] < bounds[1]):
                 wrong[f"{name} {kind}"] = (our_loss, loss, errors[worst], worst)
     parallel.stop()
     assert wrong == {}
