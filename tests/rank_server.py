@@ -26,10 +26,12 @@ PATIENCE_SECONDS = 20.0
 
 def main() -> None:
     """Serve until standard input ends."""
-    for name in IMPORTED:
-        importlib.import_module(name)
-    # threads do not survive a fork: where an import has started some (numerical libraries of GPU images do), ranks are started by torchrun
-    launch = serve if len(list(Path("/proc/self/task").iterdir())) == 1 else by_torchrun
+    launch = by_torchrun
+    if not os.environ.get("RANKS_BY_TORCHRUN"):  # set where it is known: the imports are for nothing then
+        for name in IMPORTED:
+            importlib.import_module(name)
+        # threads do not survive a fork: where an import has started some (numerical libraries of GPU images do), ranks are started by torchrun
+        launch = serve if len(list(Path("/proc/self/task").iterdir())) == 1 else by_torchrun
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps({"status": launch(json.loads(line))}), flush=True)
