@@ -16,7 +16,7 @@ import torch
 
 CUBE = {"cuda": 8192, "cpu": 512}
 MATMUL_WARMUP, MATMULS = {"cuda": 200, "cpu": 5}, 20
-"""a GPU that has waited for the host needs a quarter of a second to come to its clock: measured at once, the rate was 702 to 792, after work 787 to 791"""
+"""products before the clock starts: a GPU that has waited for the host is slow at first (702 to 792 TFLOP/s on an H200; after work 787 to 791)"""
 SPANS = {"forward-compute": "forward", "backward-compute": "backward", "micro-batch": "graph"}
 """hooks of megatron-core's schedule, and of ours with CUDA graphs -> our spans; there are more, which are left alone"""
 
