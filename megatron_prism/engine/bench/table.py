@@ -15,7 +15,7 @@ CONVENTIONS = {
     "split": "mean milliseconds of a step on the device's time line, rank 0; data: the device waits for samples; other: what is left",
     "memory": "largest over the ranks; peak: from before the model is built to after warm-up",
 }
-WIDTH = 170
+WIDTH = 190
 
 
 def failures(case: dict[str, Any]) -> list[str]:
@@ -91,11 +91,12 @@ def _splits(cases: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(title="a mean step, ms")
-    for heading in ("case", "side", *PARTS, "other", "communication", "of it exposed", "device idle", "host syncs"):
+    shown = [part for part in PARTS if part != "graph" or any(case.get("cuda_graphs") for case in cases)]
+    for heading in ("case", "side", *shown, "other", "communication", "of it exposed", "device idle", "host syncs"):
         table.add_column(heading, justify="left" if heading in ("case", "side") else "right", no_wrap=True)
     for case in cases:
         for name, side in _sides(case):
-            parts = [f"{side['split_ms'][part]:.1f}" for part in (*PARTS, "other")]
+            parts = [f"{side['split_ms'][part]:.1f}" for part in (*shown, "other")]
             profile = side.get("profile") or {}
             found = [profile.get(key) for key in ("communication_ms", "exposed_communication_ms", "device_idle_ms")]
             syncs = profile.get("host_synchronisations", {}).get("count")
