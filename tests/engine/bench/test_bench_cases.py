@@ -19,6 +19,7 @@ SHAPES = {
     "families": (1, {8192}),
     "three_billion": (1, {8192}),
     "one_h200": (1, {8192}),
+    "attention": (1, {8192, 32768}),
     "two_h200": (2, {8192}),
     "long_context": (2, {131072}),
     "long_context_one": (1, {131072}),
