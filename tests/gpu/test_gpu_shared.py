@@ -33,9 +33,7 @@ SAVED = {**TE, "deterministic": "true", "steps": 6, "checkpoint.save_interval": 
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "dp=2": ("dense", {}),
     "dp=2 FP8 tensorwise": ("dense", {"fp8.recipe": "tensorwise"}),
-    "dp=2 FP8 delayed": ("dense", {"fp8.recipe": "delayed", "fp8.amax_history_len": 4}),
     "hybrid tp=2": ("hybrid", TP),
-    "hybrid dp=2 FP8 tensorwise": ("hybrid", {"fp8.recipe": "tensorwise"}),
 }
 
 

@@ -54,26 +54,25 @@ def test_every_run_stands_in_the_benchmarks_with_its_time_and_memory():
         assert "gib" not in run or f"{run['gib']:.1f}" in text, run["line"]
 
 
-def test_time_is_within_a_fifth_of_what_was_measured_but_for_one_run_on_a_disturbed_host(errors):
-    """59 runs are predictions; rates, or the shape of a term, come from the six others."""
-    outside = {(run["line"], run.get("code")) for run, time, _ in errors if abs(time) > TIME_WITHIN}
-    assert outside == {("| bf16, 16 micro-batches | 4,757", "disturbed")}
-    assert (len(errors), sum("fitted" in run for run, *_ in errors)) == (65, 6)
+def test_time_is_within_a_fifth_of_what_was_measured(errors):
+    """64 runs are predictions; rates, or the shape of a term, come from the six others."""
+    assert [run["line"] for run, time, _ in errors if abs(time) > TIME_WITHIN] == []
+    assert (len(errors), sum("fitted" in run for run, *_ in errors)) == (70, 6)
 
 
 def test_time_of_the_code_as_it_is_now_is_within_a_tenth(errors):
     now = [time for run, time, _ in errors if "code" not in run and "fitted" not in run]
-    assert len(now) == 43
+    assert len(now) == 51
     assert max(map(abs, now)) < 0.10
-    assert sorted(map(abs, now))[21] < 0.035  # the median
+    assert sorted(map(abs, now))[25] < 0.035  # the median
 
 
 def test_time_is_as_near_where_nothing_is_shared_with_the_run_whose_profile_gave_the_rates(errors):
     """Other than eight of LLaMA-3.1-8B's layers with 8,192 tokens in bf16 on one GPU: other models, lengths, precisions, layouts, vocabularies."""
     found = [time for run, time, _ in errors if "fitted" not in run and not _like_the_profiled(run)]
-    assert len(found) == 51
+    assert len(found) == 55
     assert max(map(abs, found)) < TIME_WITHIN
-    assert sorted(map(abs, found))[25] < 0.05
+    assert sorted(map(abs, found))[27] < 0.05
 
 
 def _like_the_profiled(run: dict[str, Any]) -> bool:
@@ -83,7 +82,7 @@ def _like_the_profiled(run: dict[str, Any]) -> bool:
 
 def test_memory_is_within_a_tenth_of_what_was_measured(errors):
     found = [memory for *_, memory in errors if memory is not None]
-    assert len(found) == 34
+    assert len(found) == 42
     assert max(map(abs, found)) <= MEMORY_WITHIN
 
 
