@@ -16,7 +16,6 @@ from megatron_prism.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "bench").glob("*.toml"))
 SHAPES = {
-    "attention": (1, {8192, 32768}),
     "families": (1, {8192}),
     "three_billion": (1, {8192}),
     "one_h200": (1, {8192}),
