@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import logging
 import os
 import pty
 import selectors
@@ -12,11 +13,13 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 1 << 16
 SECONDS_TO_END = 30.0
@@ -45,16 +48,14 @@ class Child:
 
     def copy_output(self, log: Path, title: str, until: int | None = None) -> str:
         """Copy output until the process ends, or until the descriptor `until` has something to read; the last 64 KiB are returned."""
-        log.parent.mkdir(parents=True, exist_ok=True)
         kept = b""
-        with log.open("ab") as file:
+        with contextlib.closing(_Log(log)) as file:
             file.write(f"\n=== {datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {title}\n".encode())
             while True:
                 chunk = self._read(until)
                 if chunk is None:
                     return kept.decode(errors="replace")
                 file.write(chunk)
-                file.flush()
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
                 kept = (kept + chunk)[-KEPT_BYTES:]
@@ -99,6 +100,36 @@ class Child:
             return os.read(self._output, 1 << 16)
         except OSError:  # a terminal whose last writer has gone answers EIO, not an empty read
             return b""
+
+
+class _Log:
+    """A file that output is appended to at once. Where it cannot be written (a full disk) the work goes on, and its output to the terminal alone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, None
+        with self._trying():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, chunk: bytes) -> None:
+        """Append."""
+        with self._trying():
+            while chunk and self._file is not None:
+                chunk = chunk[self._file.write(chunk) :]
+
+    def close(self) -> None:
+        """Done."""
+        if self._file is not None:
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): the output goes on to the terminal alone", self._path, error.strerror)
+            self.close()
+            self._file = None
 
 
 def readable(waiting: Iterable[int], seconds: float) -> list[int]:

@@ -24,6 +24,9 @@ FILE = ".running.tmp"
 WAIT_SECONDS = 300.0
 """NFSv4 forgets a client after its lease of 90 s, and a server that was started again gives its clients as long to come back"""
 LOOK_SECONDS = 1.0
+TAKEN = (errno.EAGAIN, errno.EACCES)
+LOCKLESS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""what a file system without locks answers; anything else (ESTALE, EIO) is a failure of the moment"""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 _held: set[Path] = set()
 
@@ -62,23 +65,34 @@ def _taken(output: Path) -> IO[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
+            if error.errno in LOCKLESS:
                 logger.warning("%s cannot be locked (%s): see to it that one run at a time is started in this folder", path, error.strerror)
                 return file
-            file.seek(0)
-            who, _, life = file.read().partition("\n")
-            file.close()
+            refusal, why = _unlocked(file, output, error)
             if end is None:
                 end = time.monotonic() + WAIT_SECONDS
-                logger.warning("%s is being written by %s: waiting up to %g s for its end", output, who or "another process", WAIT_SECONDS)
+                logger.warning("%s: waiting up to %g s", why, WAIT_SECONDS)
             elif time.monotonic() >= end:
-                raise _refusal(output, who, life) from None
+                raise refusal from None
             time.sleep(min(LOOK_SECONDS, WAIT_SECONDS))
             continue
         if _is_named(file, path):
             _held.add(output.resolve())
             return file
         file.close()  # whoever had it has just removed it
+
+
+def _unlocked(file: IO[str], output: Path, error: OSError) -> tuple[UserError, str]:
+    """What to say where the lock was not given: at the end of the waiting, and at its beginning. The file is closed."""
+    if error.errno not in TAKEN:
+        with suppress(OSError):
+            file.close()
+        why = f"{output / FILE} cannot be locked ({error.strerror})"
+        return MachineError(f"{why}, after {WAIT_SECONDS:g} s still: see to its file system, then start the same command again"), why
+    file.seek(0)
+    who, _, life = file.read().partition("\n")
+    file.close()
+    return _refusal(output, who, life), f"{output} is being written by {who or 'another process'}"
 
 
 def _opened(path: Path) -> IO[str]:

@@ -1,5 +1,7 @@
 """Two runs in one folder: the second waits, and is refused where the first is seen to live; a kill leaves no lock, and a lost machine's may pass."""
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -124,3 +126,25 @@ def test_a_run_whose_file_was_removed_leaves_that_of_the_next_one(tmp_path: Path
     assert str(next_one.pid) in (run / run_lock.FILE).read_text()
     next_one.kill()
     next_one.wait()
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_failure_of_the_moment_is_no_lack_of_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, times: int) -> None:
+    """A stale handle of a file server passes, and is waited for; one that stays ends the start, which may be tried again."""
+    failed, real = [], fcntl.flock
+
+    def flock(file: object, how: int) -> None:
+        if len(failed) < times:
+            failed.append(how)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = tmp_path / "run"
+    if times == 1:
+        with run_lock.held(run):
+            assert run_lock.is_held(run)
+    else:
+        with pytest.raises(MachineError, match=r"cannot be locked \(Stale file handle\), after 0.5 s still"), run_lock.held(run):
+            pass
+    assert ["Stale file handle" in line.message and "waiting up to 0.5 s" in line.message for line in caplog.records] == [True]

@@ -20,10 +20,9 @@ from tiny_hf import make_tiny_tokenizer
 
 from megatron_prism import generate
 from megatron_prism.errors import MachineError, UserError
-from megatron_prism.evals.ranks import Ranks
 from megatron_prism.generate import Request, Sampling, vllm_server
 from megatron_prism.generate.settings import BackendConfig
-from megatron_prism.generate.vllm_backend import VllmGenerator, gpu_groups, stream_seed
+from megatron_prism.generate.vllm_backend import VllmGenerator
 from megatron_prism.generate.vllm_server import PYTHON
 from megatron_prism.temporary import clear
 
@@ -369,27 +368,6 @@ def test_a_vllm_that_answers_without_token_ids_is_refused(folder: Path, monkeypa
     monkeypatch.setenv("FAKE_ANSWER", "text")
     with pytest.raises(UserError, match="without token ids"):
         open_fake(folder)
-
-
-def test_servers_take_turns_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def groups(environment: dict[str, str], **settings: int) -> list[list[str] | None]:
-        return gpu_groups(BackendConfig.model_validate({"backend": "vllm", **settings}), environment)
-
-    assert groups({}) == [None]
-    assert groups({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, servers=2, tensor_parallel=2) == [["4", "5"], ["6", "7"]]
-    assert groups({"LOCAL_RANK": "1"}, tensor_parallel=2) == [["2", "3"]]
-    assert groups({"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "a,b,c,d"}, servers=2) == [["c"], ["d"]]
-    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "a,b,c,d"}.items():
-        monkeypatch.setenv(name, value)
-    Ranks(Path("out"), 1, 2).take_own_gpus(2)  # as an evaluation does before
-    assert groups(dict(os.environ), servers=2) == [["c"], ["d"]]
-    with pytest.raises(UserError, match="need 4 GPUs"):
-        groups({"CUDA_VISIBLE_DEVICES": "0,1,2"}, servers=2, tensor_parallel=2)
-
-
-def test_seeds_are_functions_of_three_numbers_and_differ() -> None:
-    seeds = {stream_seed(seed, place, sample) for seed in range(10) for place in range(30) for sample in range(30)}
-    assert len(seeds) == 9000 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_the_server_inherits_no_rank_and_imports_one_file_of_ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

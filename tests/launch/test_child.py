@@ -54,3 +54,13 @@ def test_leaving_early_ends_the_child_and_what_it_started(tmp_path: Path) -> Non
         raise KeyboardInterrupt
     assert child.process.poll() is not None
     assert not psutil.pid_exists(int(written)) or psutil.Process(int(written)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptureFixture, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    with Child([sys.executable, "-u", "-c", "print('begun'); print('done')"], os.environ) as child:
+        kept = child.copy_output(Path("/dev/full"), title="first")
+        assert child.wait() == 0
+    assert kept == "begun\ndone\n" == capfdbinary.readouterr().out.decode()
+    assert [line.message for line in caplog.records] == [
+        "/dev/full cannot be written (No space left on device): the output goes on to the terminal alone"
+    ]
