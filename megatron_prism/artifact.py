@@ -114,6 +114,16 @@ def provenance(folder: Path) -> dict[str, Any]:
     return _read_json(folder / PROVENANCE)
 
 
+def changed_versions(folder: Path) -> list[str]:
+    """Packages, and Python, whose version is another than when this artifact was begun or gone on with before; "NAME OLD -> NEW", in order."""
+    now = provenance(folder)
+    earlier = now.get("earlier_sessions", [])
+    if not earlier:
+        return []
+    old, new = earlier[-1].get("versions", {}), now["versions"]
+    return [f"{name} {old.get(name, 'none')} -> {new.get(name, 'none')}" for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
 def annotate(folder: Path, **facts: Any) -> None:
     """Add facts to the provenance of an artifact that is being made."""
     assert not is_complete(folder), f"{folder} is finished"

@@ -279,3 +279,14 @@ def test_an_artifact_with_a_link_inside_is_never_completed(tmp_path: Path) -> No
     (folder / "link").symlink_to("/etc/hostname")
     with pytest.raises(AssertionError, match="no symbolic links"):
         artifact.complete(folder)
+
+
+def test_versions_that_changed_since_the_last_start_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(**versions: str) -> list[str]:
+        monkeypatch.setattr(artifact, "package_versions", lambda: versions)
+        return artifact.changed_versions(artifact.begin(tmp_path / "run", "prep", Config()))
+
+    assert begin(torch="2.10", numpy="2.1") == []
+    assert begin(torch="2.10", numpy="2.1") == []
+    assert begin(torch="2.11", numpy="2.1", **{"flash-attn-4": "4.0.0b36"}) == ["flash-attn-4 none -> 4.0.0b36", "torch 2.10 -> 2.11"]
+    assert begin(torch="2.11", numpy="2.1") == ["flash-attn-4 4.0.0b36 -> none"], "beside the last start, not the first"

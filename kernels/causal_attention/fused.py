@@ -4,15 +4,18 @@ Owns: what those kernels cannot do (`obstacle`), and the layouts that they expec
 """
 
 import functools
+import importlib
 from importlib import metadata
 
 import torch
 from torch import Tensor
 
 TYPES = (torch.bfloat16, torch.float16)
+VERSION = "4.0.0b36"
+"""the one that was held to the reference; all versions are betas so far"""
 HEAD_DIMS = (64, 128)
-"""those held to the reference on Hopper. The library takes others, and its 4.0.0b36 then returns wrong gradients of the queries (of 16 and of 80: by
-their own norm, without an error), which tests/gpu/test_gpu_attention.py looks at"""
+"""those held to the reference on Hopper, and what the families have. The library takes others, and of some its gradients are wrong by their own norm,
+without an error: 16 and 80, where 32, 96, 192 and 256 are right (tests/gpu/test_gpu_attention.py)"""
 CAPABILITIES = (9, 10)
 """major compute capabilities: Hopper, Blackwell of data centres"""
 
@@ -28,12 +31,22 @@ def obstacle(q_sbqd: Tensor) -> str | None:
 
 @functools.cache
 def missing() -> str | None:
-    """That the library is not installed; None if it is."""
-    try:
-        metadata.version("flash-attn-4")
-    except metadata.PackageNotFoundError:
+    """Why the library cannot be called: it is not installed, or not to be imported; None if it can."""
+    if installed() is None:
         return "flash-attn-4 is not installed (pip install megatron-prism[flash])"
+    try:
+        importlib.import_module("flash_attn.cute")
+    except Exception as error:  # whatever its libraries raise: a missing one, a wrong CUDA, a name of another version
+        return f"flash-attn-4 {installed()} cannot be imported ({type(error).__name__}: {error})"
     return None
+
+
+def installed() -> str | None:
+    """The version that is installed; None for none."""
+    try:
+        return metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def device_obstacle(capability: int, head_dim: int) -> str | None:

@@ -1,14 +1,12 @@
 """FlashAttention-4 as the core of megatron-core's attention, beside TransformerEngine's other layers.
 
-Owns: when it runs in place of TransformerEngine's choice (cuDNN): asked for by name, or where it was measured to be faster (Hopper), is installed
-and can do the case; and saying which of the two runs. Legend as in `attention`.
+Owns: when it runs in place of TransformerEngine's choice (cuDNN): asked for by name, or where it was measured to be faster (Hopper), in the version
+that was proved, and can do the case; that all ranks take the same; and saying which. Legend as in `attention`.
 """
 
-import logging
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,8 +15,6 @@ from torch import Tensor
 from megatron_prism.engine.documents import lengths_of, segment_ends
 from megatron_prism.errors import UserError
 from megatron_prism.kernels.causal_attention import causal_attention, fused
-
-logger = logging.getLogger(__name__)
 
 AttentionBackend = Literal["auto", "flash", "fused"]
 MEASURED = 9
@@ -62,25 +58,39 @@ class FlashAttention(MegatronModule):
             ends=None if packed_seq_params is None else segment_ends(packed_seq_params),
             longest=None if packed_seq_params is None else max(lengths_of(packed_seq_params)),
             deterministic=self.config.deterministic_mode,
+            impl="fused" if q_sbqd.is_cuda else "auto",  # on a GPU it was chosen because it can run: the reference's memory would be no help
         )
         return out_sbqd.squeeze(1).flatten(1) if packed else out_sbqd.flatten(2)
 
 
-def uses_flash(backend: AttentionBackend, head_dim: int, cp: int, bf16: bool, transformer_engine: bool, device: torch.device) -> bool:
-    """Whether layers take it. Errors: UserError when it was asked for by name and cannot run."""
-    if backend == "fused" or (backend == "auto" and not transformer_engine):
-        return False
-    obstacle = _obstacle(head_dim, cp, bf16, transformer_engine, device)
-    if backend == "flash" and obstacle is not None:
-        raise UserError(f"attention_backend=flash cannot run here: {obstacle}; use attention_backend=auto")
-    if backend == "auto":
-        obstacle = obstacle or _unmeasured(device)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.info("attention runs on %s", "FlashAttention-4" if obstacle is None else f"cuDNN, not on FlashAttention-4: {obstacle}")
-    return obstacle is None
+def obstacle(
+    backend: AttentionBackend, head_dim: int, cp: int, bf16: bool, deterministic: bool, transformer_engine: bool, device: torch.device
+) -> str | None:
+    """Why layers do not take it; None if they do. Errors: UserError when it was asked for by name and cannot run."""
+    if backend == "fused":
+        return "attention_backend=fused"
+    found = _cannot(head_dim, cp, bf16, transformer_engine, device)
+    if backend == "flash" and found is not None:
+        raise UserError(f"attention_backend=flash cannot run here: {found}; use attention_backend=auto")
+    return found if backend == "flash" else found or _unproved(deterministic, device)
 
 
-def _obstacle(head_dim: int, cp: int, bf16: bool, transformer_engine: bool, device: torch.device) -> str | None:
+def agreed(found: list[str | None]) -> None:
+    """found: of every rank, its `obstacle`. Errors: UserError where some ranks would take it and others not: what is trained would hang on places."""
+    without = next((rank for rank, why in enumerate(found) if why is not None), None)
+    if without is not None and None in found:
+        raise UserError(
+            f"attention_backend=auto: rank {found.index(None)} would take FlashAttention-4, and rank {without} not: {found[without]}; "
+            "install the same on all machines, or set attention_backend=fused"
+        )
+
+
+def describe(why: str | None) -> str:
+    """Which core runs, in one line; why: `obstacle`'s."""
+    return f"attention: FlashAttention-4 {fused.installed()}" if why is None else f"attention: cuDNN, not FlashAttention-4: {why}"
+
+
+def _cannot(head_dim: int, cp: int, bf16: bool, transformer_engine: bool, device: torch.device) -> str | None:
     if not transformer_engine:
         return "the layers are not TransformerEngine's (layers=transformer_engine, on CUDA)"
     if cp > 1:
@@ -90,7 +100,12 @@ def _obstacle(head_dim: int, cp: int, bf16: bool, transformer_engine: bool, devi
     return fused.missing() or fused.device_obstacle(_capability(device), head_dim)
 
 
-def _unmeasured(device: torch.device) -> str | None:
+def _unproved(deterministic: bool, device: torch.device) -> str | None:
+    """What `auto` does not take it for, and `flash` does."""
+    if fused.installed() != fused.VERSION:
+        return f"version {fused.installed()}, and {fused.VERSION} was proved (attention_backend=flash takes it)"
+    if deterministic:
+        return "deterministic=true, and that a run goes on bit for bit was proved with cuDNN (attention_backend=flash takes it)"
     found = _capability(device)
     return None if found == MEASURED else f"on compute capability {found} nobody measured which is faster (attention_backend=flash takes it)"
 

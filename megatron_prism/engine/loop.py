@@ -23,6 +23,7 @@ from megatron_prism.engine import (
     calendar,
     checkpoint,
     device,
+    flash_attention,
     integrity,
     leftovers,
     origin,
@@ -40,11 +41,11 @@ from megatron_prism.engine.checkpoint import Progress
 from megatron_prism.engine.cuda_graphs import MicroBatchGraphs, draw_nothing
 from megatron_prism.engine.data import SampleReader
 from megatron_prism.engine.metrics import MetricsLog
-from megatron_prism.engine.model import BuildOptions, Chunk, build
+from megatron_prism.engine.model import BuildOptions, Chunk, attention_obstacle, build, uses_transformer_engine
 from megatron_prism.engine.optimizer import build_optimizer, wrap_model
 from megatron_prism.engine.packed_data import PackedReader, open_reader
 from megatron_prism.engine.parallel import Mesh
-from megatron_prism.engine.ranks import on_main
+from megatron_prism.engine.ranks import on_all, on_main
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.engine.saving import Background
 from megatron_prism.engine.schedule import factor
@@ -156,14 +157,27 @@ def build_run(cfg: TrainConfig) -> Run:
     if mesh.rank == 0:
         bad_steps.forget_after(cfg.output, progress.step)
     _record_plans(log, data, cfg.output, progress.samples)
-    log.say(f"{plan.describe()}; {cost.num_parameters(model_config):,} parameters; from step {progress.step} of {cfg.steps}")
-    if mesh.rank == 0 and isinstance(data, PackedReader):
-        log.say(data.describe())
-    if data.loss_line is not None:
-        log.say(data.loss_line)
-    if engine.graphs is not None:
-        log.say(engine.graphs.describe(plan.dp))
+    _introduce(run)
     return run
+
+
+def _introduce(run: Run) -> None:
+    """Say what runs, and on what, in a line each. Rank 0."""
+    if not run.is_main:
+        return
+    cfg, data, engine, plan = run.cfg, run.data, run.engine, run.engine.mesh.plan
+    run.log.say(f"{plan.describe()}; {cost.num_parameters(run.model_config):,} parameters; from step {run.progress.step} of {cfg.steps}")
+    if isinstance(data, PackedReader):
+        run.log.say(data.describe())
+    if data.loss_line is not None:
+        run.log.say(data.loss_line)
+    changed = artifact.changed_versions(cfg.output) if run.progress.step else []
+    if changed:
+        run.log.say(f"other versions than at the last start, so no longer the same bits for certain: {', '.join(changed)}")
+    if uses_transformer_engine(build_options(cfg), engine.device):
+        run.log.say(engine.attention)
+    if engine.graphs is not None:
+        run.log.say(engine.graphs.describe(plan.dp))
 
 
 def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place: torch.device) -> Engine:
@@ -171,12 +185,17 @@ def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place:
     if cfg.parallel.tp_comm_overlap:
         bf16_layers = cfg.fp8 is not None and bool(cfg.fp8.bf16_layers_at_start or cfg.fp8.bf16_layers_at_end)
         tp_overlap.start(mesh, place, cfg.data.seq_len, model_config.hidden_size, fp8=cfg.fp8 is not None, bf16_layers=bf16_layers)
-    chunks = build(model_config, mesh, build_options(cfg), place)
+    options = build_options(cfg)
+    found = on_all(lambda rank: attention_obstacle(model_config, mesh, options, place))
+    flash_attention.agreed(found)
+    chunks = build(model_config, mesh, options, place)
     freeze(chunks, cfg.trainable)
     graphs = _graphs(cfg, chunks, place)
     with nullcontext() if graphs is None else graphs.beside():
         model = wrap_model(chunks, mesh, cfg.optimizer, overlap=place.type == "cuda" and graphs is None)
-    return Engine(model, build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16"), mesh, place, graphs=graphs)
+    return Engine(
+        model, build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16"), mesh, place, graphs, flash_attention.describe(found[0])
+    )
 
 
 def _graphs(cfg: TrainConfig, chunks: list[Chunk], place: torch.device) -> MicroBatchGraphs | None:

@@ -20,9 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prism.config import Fp8Config
-from megatron_prism.engine import recompute
+from megatron_prism.engine import flash_attention, recompute
 from megatron_prism.engine.device import fp8_obstacle, has_transformer_engine
-from megatron_prism.engine.flash_attention import AttentionBackend, uses_flash
 from megatron_prism.engine.layer_specs import dense_spec, hybrid_spec
 from megatron_prism.engine.mcore import gradient_fusion_without_apex
 from megatron_prism.engine.parallel import Mesh
@@ -45,7 +44,7 @@ class BuildOptions:
     precision: Precision = "fp32"
     recompute: Recompute = None
     layers: Layers = "auto"
-    attention_backend: AttentionBackend = "auto"
+    attention_backend: flash_attention.AttentionBackend = "auto"
     hidden_dropout: float = 0.0
     fp8: Fp8Config | None = None
     recompute_layers: int | None = None
@@ -308,6 +307,12 @@ def uses_transformer_engine(options: BuildOptions, device: torch.device) -> bool
     return options.layers == "auto" and device.type == "cuda" and has_transformer_engine()
 
 
+def attention_obstacle(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.device) -> str | None:
+    """Why attention does not run on FlashAttention-4; None if it does. Errors: UserError when it was asked for by name and cannot."""
+    bf16, engine = options.precision == "bf16", uses_transformer_engine(options, device)
+    return flash_attention.obstacle(options.attention_backend, model.kv_channels, mesh.plan.cp, bf16, options.deterministic, engine, device)
+
+
 def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.device) -> list[Chunk]:
     """The chunks of the model that this rank holds, randomly initialised, on the device, in the run's precision (fp32 where bf16 is not asked for).
 
@@ -321,7 +326,7 @@ def build(model: ModelConfig, mesh: Mesh, options: BuildOptions, device: torch.d
         )
     if device.type == "cuda" and not engine and mesh.rank == 0:
         logger.warning("TransformerEngine is not used (layers=%s): torch SDPA and unfused norms run instead, slower", options.layers)
-    flash = uses_flash(options.attention_backend, model.kv_channels, mesh.plan.cp, options.precision == "bf16", engine, device)
+    flash = attention_obstacle(model, mesh, options, device) is None
     chunks = []
     for index in range(mesh.plan.num_chunks):
         vp_stage = index if mesh.plan.vpp else None

@@ -28,15 +28,16 @@ Batch = TypeVar("Batch", bound=MicroBatch)
 class Engine:
     """What a step needs: the wrapped chunks, their optimizer, this rank's mesh and device. clock: of what its own work takes.
 
-    graphs: what a training step takes its gradients by in place of megatron-core's schedule; None: nothing does.
+    graphs: what a training step takes its gradients by in place of megatron-core's schedule; None: nothing does. attention: what its core runs on.
     """
 
     model: list[DistributedDataParallel]
     optimizer: Optimizer
     mesh: Mesh
     device: torch.device
-    clock: Clock = field(default_factory=Clock)
     graphs: MicroBatchGraphs | None = None
+    attention: str = ""
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.clock.device = self.device

@@ -15,7 +15,7 @@ from megatron_prism.kernels.causal_attention import causal_attention, fused
 no_gpu = not torch.cuda.is_available()
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(no_gpu or fused.missing() is not None, reason="needs a CUDA device and flash-attn-4"),
+    pytest.mark.skipif(no_gpu or fused.installed() is None, reason="needs a CUDA device and flash-attn-4"),
 ]
 BOUND = 1e-2
 """relative Frobenius norm of the difference to fp64: 2.0e-3 and 2.8e-3 at most were measured"""
@@ -73,18 +73,15 @@ def test_every_length_is_right(shape, window):
 
 
 @pytest.mark.parametrize("dim", [16, 32, 80, 96, 192, 256])
-def test_which_other_head_dimensions_are_right_is_printed(dim):
-    """A reason to take a dimension into `fused.HEAD_DIMS`, or to leave it out; nothing is asserted of them but that the library is asked."""
+def test_the_library_is_wrong_at_the_other_head_dimensions_where_it_was(dim):
+    """Why `fused.HEAD_DIMS` is as short as it is. Red when the library mends those, or breaks others: look at the list again then."""
     given = projected(500, 500, (4, 2, dim))
     exact_inputs = [x.detach().double().requires_grad_() for x in given]
     exact = causal_attention(*exact_inputs, impl="reference")
-    try:
-        out = fused.attend(*given, dim**-0.5, None, None, None, False)
-        found = [apart(*pair) for pair in zip(gradients(out, given), gradients(exact, exact_inputs), strict=True)]
-    except (AssertionError, RuntimeError, ValueError) as error:
-        found = [str(error)[:80]]
-    print(dim, found, flush=True)
-    assert found and dim not in fused.HEAD_DIMS
+    out = fused.attend(*given, dim**-0.5, None, None, None, False)
+    found = [apart(*pair) for pair in zip(gradients(out, given), gradients(exact, exact_inputs), strict=True)]
+    print(dim, found, flush=True)  # 16: 0.86, 0.64, 0.51; 80: 0.95, 0.74, 0.63; the others 3e-3
+    assert (max(found) < BOUND) == (dim % 32 == 0)
 
 
 @pytest.mark.parametrize(("shape", "window", "kind"), CASES)

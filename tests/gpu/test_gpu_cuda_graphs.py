@@ -19,10 +19,11 @@ from megatron_prism.config import load_recipe
 from megatron_prism.engine import checkpoint, loop, parallel, run_folder
 from megatron_prism.engine.cuda_graphs import MicroBatchGraphs
 from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.kernels.causal_attention import fused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 IN_SIXTEENS = {"hidden_size": 128, "mamba_n_heads": 16}
 """the hybrid: FP8 wants multiples"""
 KINDS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "hybrid": {},
     "hybrid_tensorwise": {"fp8__recipe": "tensorwise"},
 }
+if fused.installed() is not None:
+    KINDS["flash"] = {"attention_backend": "flash"}  # by name: `auto` takes cuDNN in deterministic mode
 CASES = [(kind, 3) for kind in KINDS] + [(kind, 1) for kind in ("bf16", "tensorwise", "delayed", "hybrid")]
 STEPS, SAVED = 6, 3
 

@@ -30,7 +30,7 @@ KINDS = {
     "bf16": BuildOptions(precision="bf16", layers="transformer_engine", attention_backend="fused"),
     "bf16 with FlashAttention-4": BuildOptions(precision="bf16", layers="transformer_engine", attention_backend="flash"),
 }
-if fused.missing() is not None:
+if fused.installed() is None:
     del KINDS["bf16 with FlashAttention-4"]
 HYBRIDS = ("granite_hybrid", "nemotron_h")
 BOUNDS = {"fp32": (1e-6, 1e-4), "fp32 hybrid": (1e-4, 3e-2), "bf16": (2e-3, 1.5e-1)}

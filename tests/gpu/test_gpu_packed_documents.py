@@ -24,7 +24,7 @@ ENGINES = {
     "bf16": BuildOptions(precision="bf16", layers="transformer_engine", attention_backend="fused"),
     "bf16 with FlashAttention-4": BuildOptions(precision="bf16", layers="transformer_engine", attention_backend="flash"),
 }
-if fused.missing() is not None:
+if fused.installed() is None:
     del ENGINES["bf16 with FlashAttention-4"]
 BOUNDS = {"fp32": (1e-4, 1e-2), "bf16": (2e-3, 1.5e-1)}
 """loss (relative), gradient of one weight (relative, Frobenius norm): those of test_gpu_families"""

@@ -19,6 +19,7 @@ from tiny_models import TINY
 from training import VOCAB_SIZE, differing, final_state, from_random, largest_difference, run_cases
 
 from megatron_prism.engine import checkpoint, run_folder
+from megatron_prism.kernels.causal_attention import fused
 
 gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpus == 0, reason="needs a CUDA device")]
@@ -89,6 +90,7 @@ EXACT: dict[str, tuple[tuple[int, bool], dict[str, Any]]] = {
     "blockwise": ((1, False), {"fp8__recipe": "blockwise"}),
     "bf16_ends": ((1, False), {"fp8__recipe": "tensorwise", "fp8__bf16_layers_at_start": 1, "fp8__bf16_layers_at_end": 1}),
     "deterministic": ((1, False), {"deterministic": "true"}),
+    "deterministic_flash": ((1, False), {"deterministic": "true", "attention_backend": "flash"}),
     "deterministic_tensorwise": ((1, False), {"deterministic": "true", "fp8__recipe": "tensorwise"}),
     "deterministic_dp": ((2, False), {"deterministic": "true"}),
     "deterministic_delayed_dp": ((2, False), {"deterministic": "true", "fp8__recipe": "delayed", "fp8__amax_history_len": 4}),
@@ -98,6 +100,8 @@ EXACT: dict[str, tuple[tuple[int, bool], dict[str, Any]]] = {
 }
 """(Ranks, hybrid) and settings under which a resumed run is the unbroken one bit for bit.
 A hybrid needs `deterministic`: Mamba's kernels sum as they come."""
+if fused.installed() is None:
+    del EXACT["deterministic_flash"]
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ class Ours:
         self.reader = read(case)
         self.data: Any = TimedReader(self.reader, self.timeline)
         self.engine = loop.build_engine(case.train, case.model, mesh, device)
+        self.notes += [self.engine.attention] if device.type == "cuda" else []
         if case.train.check_memory:
             self.engine.optimizer.check_memory(device)
         self.engine.optimizer.initialize()  # the states, which a first step would make after its peak: with one step of warm-up nobody would see both
