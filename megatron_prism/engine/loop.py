@@ -3,6 +3,7 @@
 Called on every rank. What happens when is decided from the step alone, or told to all ranks together, so that no rank waits for another for ever.
 """
 
+import gc
 import shutil
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from megatron_prism.engine import (
     checkpoint,
     device,
     flash_attention,
+    garbage,
     integrity,
     leftovers,
     origin,
@@ -95,7 +97,7 @@ def train(cfg: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     run = build_run(cfg)
     run.evaluate = evaluate
     try:
-        with calendar.attended(run):
+        with calendar.attended(run), garbage.by_hand(cfg.gc_interval):
             finished = _loop(run)
     finally:
         run.close()
@@ -121,6 +123,8 @@ def _loop(run: Run) -> bool:
             _validate(run)
         if not calendar.after_step(run, bool(report.signal), partial(_save, run)):
             return False
+        if every(cfg.gc_interval, step):
+            gc.collect()
     run.log.say(describe_consumption(recorded(run.data.fingerprint), run.progress.samples, cfg.data.seq_len))
     return True
 

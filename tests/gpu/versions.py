@@ -4,7 +4,7 @@
     python tests/gpu/versions.py FOLDER resume    the same from the third step on, and whether every bit of the end is equal
     python tests/gpu/versions.py FOLDER cpu       the fp32 cases on the CPU, and how far the GPU's losses are from them
 
-The cases are test_gpu_training's, without a launch for each: where importing takes a minute, three processes are what there is time for.
+The cases are test_gpu_training's, without a launch for each: where importing takes a minute, launches would take all the time.
 """
 
 import json

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_prism.engine import parallel
+from megatron_prism.engine import garbage, parallel
 from megatron_prism.engine.bench import figures, trace
 from megatron_prism.engine.bench.baselines import BASELINES, choose, forget_fp8
 from megatron_prism.engine.bench.cases import Case
@@ -305,15 +305,19 @@ class Bench:
         return dict(zip(("peak_allocated_gib", "peak_reserved_gib", "between_steps_gib"), (bytes_ / GIB).tolist(), strict=True))
 
     def turns(self, sides: list[tuple[Side, Timing]], case: Case) -> None:
-        """Time every side in every round, in this order and then in the other. The last step of a warm-up goes ahead, where it has more than one."""
+        """Time every side in every round, in this order and then in the other. The last step of a warm-up goes ahead, where it has more than one.
+
+        No garbage is collected in the turns, of whichever side: the models that wait for theirs would make it slow.
+        """
         options = case.options
         steps = math.ceil(options.steps / options.rounds)
-        for number in range(-1 if options.warmup > 1 else 0, options.rounds):
-            for side, timing in reversed(sides) if number % 2 else sides:
-                times = self.turn(side, steps if number >= 0 else 1)
-                parts = side.timeline.read()
-                if number >= 0:
-                    timing.add(Timing([times], parts))
+        with garbage.by_hand(case.train.gc_interval):
+            for number in range(-1 if options.warmup > 1 else 0, options.rounds):
+                for side, timing in reversed(sides) if number % 2 else sides:
+                    times = self.turn(side, steps if number >= 0 else 1)
+                    parts = side.timeline.read()
+                    if number >= 0:
+                        timing.add(Timing([times], parts))
         for side, _ in sides:
             _check(side)
 
