@@ -1,4 +1,4 @@
-"""What two GPUs would show, on one: two ranks share it and exchange through host memory over gloo (tests/shared_gpu.py, which says what that leaves out).
+"""What two GPUs would show, on one: two ranks share it and exchange through host memory over gloo; tests/shared_gpu.py says what that leaves out.
 
     pytest -m gpu tests/gpu/test_gpu_shared.py -s
 
