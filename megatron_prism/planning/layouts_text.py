@@ -37,7 +37,10 @@ WORDS = {
 """Terms of `StepTime`, in words."""
 SMALL = OptimizerConfig(gradients="bf16", moments="bf16", split_master=True)
 SMALL_KEYS = "optimizer.gradients=bf16 optimizer.moments=bf16 optimizer.split_master=true"
-CAUTION = "within 20 % of 70 of 70 runs on one and two H200s, median 3 %; not measured: pipelines, networks, more than two GPUs (docs/plan.md)"
+CAUTION = (
+    "within 20 % of 85 of 88 runs on one and two H200s, median 4 %; the other three waited for their host and took up to 1.6 times as long as "
+    "predicted; not measured: pipelines, networks, more than two GPUs (docs/plan.md)"
+)
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
