@@ -172,3 +172,11 @@ def test_what_is_said_of_the_predictions_is_what_they_are():
     assert round(100 * statistics.median(errors)) == int(median)
     assert [held_up for (_, held_up), error in zip(ratios, errors, strict=True) if error > 0.2] == [True] * 3
     assert round(max(ratio for ratio, _ in ratios), 1) == float(longest)
+
+
+def test_what_is_not_counted_is_said_with_every_time(capsys):
+    """A plan is not told of `cuda_graphs`: its figures are those of a run without."""
+    text = granite(capsys, "cuda_graphs=true", "parallel.tp=1", "parallel.sp=false")
+    assert "where its step goes, predicted (as without cuda_graphs):" in text and "not counted: cuda_graphs (docs/plan.md)" in text
+    assert "where its step goes, predicted (as without cuda_graphs):" in granite(capsys, memory=None)
+    assert "not counted: cuda_graphs" in plan(capsys, GRANITE.parent / "pipeline.toml", memory=80.0)
