@@ -50,6 +50,7 @@ def describe_run(model: ModelConfig, plan: ParallelPlan, steps: int, global_batc
             f"bytes        {training.describe()}",
             f"tokens       {tokens:,} = {steps:,} steps x {global_batch:,} sequences x {seq_len:,}",
             f"model FLOPs  {causal:.3e} (causal attention), {full:.3e} (full attention); {again}",
+            *(["graphs       no exchange beside the passes; while validating the room of one stays taken"] if training.cuda_graphs else []),
             *([f"note         {note}"] if (note := length_note(model, seq_len)) else []),
         ]
     )

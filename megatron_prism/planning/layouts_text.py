@@ -39,7 +39,7 @@ SMALL = OptimizerConfig(gradients="bf16", moments="bf16", split_master=True)
 SMALL_KEYS = "optimizer.gradients=bf16 optimizer.moments=bf16 optimizer.split_master=true"
 CAUTION = (
     "within 20 % of 85 of 88 runs on one and two H200s, median 4 %; the other three waited for their host and took up to 1.6 times as long as "
-    "predicted; not measured: pipelines, networks, more than two GPUs; not counted: cuda_graphs (docs/plan.md)"
+    "predicted; not measured: pipelines, networks, more than two GPUs (docs/plan.md)"
 )
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
@@ -70,7 +70,7 @@ def heading(view: View) -> str:
     task, rates = view.task, view.task.machine.rates
     each = f" of {view.memory_gib:g} GiB" if view.memory_gib is not None else ""
     batch = f"{task.global_batch:,} sequences" if task.global_batch else f"{task.tokens_per_step:,} tokens (or what dp asks for)"
-    kind = "FP8" if task.training.fp8 is not None else "bf16"
+    kind = ("FP8" if task.training.fp8 is not None else "bf16") + (", CUDA graphs" if task.training.cuda_graphs else "")
     lines = [f"{_gpus(task.gpus)}{each}, {task.seq_len:,} tokens a sequence, {batch} a step, {kind}", f"rates    {rates.name}, {rates.note}"]
     if task.gpus > GPUS_PER_NODE:
         lines.append(f"network  {task.machine.network_gbps:g} Gb/s of each GPU between nodes of {GPUS_PER_NODE} (--network-gbps)")
@@ -138,7 +138,7 @@ def breakdown(view: View, choice: Choice) -> str:
     tflops = _model_flops(view) * speed / 1e12
     lines.append(f"  {'all':36} {1e3 * step.total:10,.1f} ms")
     lines.append(fold(f"         {speed:,.0f} tokens/s and {tflops:.0f} TFLOP/s a GPU{utilised}"))
-    return "\n".join(["where its step goes, predicted (as without cuda_graphs):", *lines])
+    return "\n".join(["where its step goes, predicted:", *lines])
 
 
 def convention(view: View) -> str:

@@ -85,7 +85,13 @@ def _activations(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: in
         peaks.append(tokens * (kept - gone + max(layer.values + layer.gradient for layer in again)))
     if stage == plan.pp - 1:
         peaks.append(tokens * kept + _loss(model, plan, tokens, training))
-    return int(max(peaks))
+    return int(max(peaks) + (_validation(model, plan, tokens, layers, training) if training.cuda_graphs else 0))
+
+
+def _validation(model: ModelConfig, plan: ParallelPlan, tokens: int, layers: "list[_Layer]", training: Training) -> int:
+    """Bytes that a forward pass alone takes at most, beside the room that graphs keep: hidden states and one layer's values, or a chunk of logits."""
+    hidden, logits = model.hidden_size * training.value_bytes, plan.padded_vocab_size // plan.tp * training.value_bytes
+    return tokens * hidden + max(tokens * max(layer.values for layer in layers), min(CHUNK_BYTES, tokens * logits))
 
 
 def _kept_of(again: "list[_Layer]", training: Training) -> int:

@@ -41,7 +41,7 @@ class StepTime:
     pp_exchange: float = 0.0
     pp_bubble: float = 0.0
     dp_exchange: float = 0.0
-    """what the last backward and the first forward pass do not hide"""
+    """what the last backward and the first forward pass do not hide; all of it with CUDA graphs"""
     optimizer: float = 0.0
     """AdamW, the gradients' norm, clearing them"""
     overhead: float = 0.0
@@ -237,7 +237,9 @@ class _Step:
         return 2 * self.plan.num_chunks * sent / self.machine.exchange_rate(self.plan.world_size)
 
     def _reduction(self, weights: int, work: _Work) -> float:
-        """Gradients are scattered beside the last backward pass, weights gathered beside the next step's first forward pass."""
+        """Gradients are scattered beside the last backward pass, weights gathered beside the next step's first forward pass; with CUDA graphs, whose
+        passes hold no exchange, both after them.
+        """
         plan, training = self.plan, self.training
         ranks = plan.dp * plan.cp
         if ranks == 1:
@@ -245,6 +247,8 @@ class _Step:
         rate = self.machine.exchange_rate(plan.tp * ranks, GPUS_PER_NODE // plan.tp)
         away, trained = (ranks - 1) / ranks, self._trained(weights)
         scatter, gather = trained * training.gradient_bytes * away / rate, trained * training.value_bytes * away / rate
+        if training.cuda_graphs:
+            return scatter + gather
         return max(scatter - work.side(True), 0.0) + max(gather - work.side(False), 0.0)
 
     def _optimizer(self, weights: int) -> float:

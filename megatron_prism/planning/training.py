@@ -23,6 +23,8 @@ class Training:
     offload_activations: bool = False
     """with recompute="full": what layers keep waits in host memory"""
     trainable: Trainable = "all"
+    cuda_graphs: bool = False
+    """passes are replayed whole: no exchange runs beside them, and the room of one stays taken while the model is validated"""
 
     @property
     def value_bytes(self) -> int:

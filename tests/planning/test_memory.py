@@ -191,3 +191,11 @@ def test_frozen_weights_take_their_own_bytes_alone():
     assert (frozen.weights, frozen.activations) == (whole.weights, whole.activations)
     assert (frozen.gradients, frozen.optimizer) == (attention * 4, attention * 12 // 8)
     assert need(replace(HYBRID_13_LAYERS, hybrid_layer_pattern="M-M-M-M-M-M-M"), training=Training(trainable="attention")).optimizer == 0
+
+
+def test_graphs_keep_the_room_of_a_pass_beside_a_forward_pass_of_validation():
+    """Which needs hidden states and the values of one layer, or a chunk of logits; nothing else is larger."""
+    plain, graphs = (need(LLAMA_8B, training=Training(cuda_graphs=on)) for on in (False, True))
+    assert replace(graphs, activations=plain.activations) == plain
+    one_layer = 8192 * 2 * (4 * 4096 + 6 * 14336 + 4 * 4096 + 4 * 4096 + 2 * 1024)  # q, k, v counted generously
+    assert 512 * 2**20 < graphs.activations - plain.activations < one_layer

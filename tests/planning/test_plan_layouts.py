@@ -174,9 +174,8 @@ def test_what_is_said_of_the_predictions_is_what_they_are():
     assert round(max(ratio for ratio, _ in ratios), 1) == float(longest)
 
 
-def test_what_is_not_counted_is_said_with_every_time(capsys):
-    """A plan is not told of `cuda_graphs`: its figures are those of a run without."""
-    text = granite(capsys, "cuda_graphs=true", "parallel.tp=1", "parallel.sp=false")
-    assert "where its step goes, predicted (as without cuda_graphs):" in text and "not counted: cuda_graphs (docs/plan.md)" in text
-    assert "where its step goes, predicted (as without cuda_graphs):" in granite(capsys, memory=None)
-    assert "not counted: cuda_graphs" in plan(capsys, GRANITE.parent / "pipeline.toml", memory=80.0)
+def test_cuda_graphs_are_in_the_plan(capsys):
+    """128 GPUs: without graphs the exchange of dp hides behind the passes."""
+    alone, graphs = (granite(capsys, f"cuda_graphs={on}", "parallel.tp=1", "parallel.sp=false", gpus=128) for on in ("false", "true"))
+    assert "exchange of dp" not in alone and re.search(r"exchange of dp, as far as it shows +2\d\d\.\d ms", graphs)
+    assert "graphs       no exchange beside the passes" in graphs and "a step, bf16, CUDA graphs" in graphs

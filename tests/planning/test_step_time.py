@@ -120,3 +120,12 @@ def test_other_gpus_are_derived_by_a_stated_rule_or_refused():
     assert step(MISTRAL_24B, machine=Machine(h100), tp=8, sp=True).total > step(MISTRAL_24B, tp=8, sp=True).total
     with pytest.raises(UserError, match="--gpu A100: no rates for this GPU"):
         rates.find("A100")
+
+
+def test_with_cuda_graphs_the_whole_exchange_of_dp_shows_and_nothing_else_changes():
+    """A gradient is 4 bytes out and a weight 2 bytes in, less the rank's own share."""
+    plain, graphs = (step(gpus=8, batch=8, training=Training(cuda_graphs=on)) for on in (False, True))
+    assert plain.dp_exchange == 0
+    assert graphs.dp_exchange == pytest.approx(num_parameters(LLAMA_8B) * 6 * 7 / 8 / H200.nvlink, rel=1e-3)
+    assert replace(graphs, dp_exchange=0.0) == plain
+    assert step(gpus=1, batch=1, training=Training(cuda_graphs=True)) == step(gpus=1, batch=1)
