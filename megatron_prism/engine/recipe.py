@@ -131,6 +131,7 @@ class TrainConfig(Block):
             self.keep_attention,
             self.offload_activations,
             self.trainable,
+            self.cuda_graphs,
         )
 
     @model_validator(mode="after")
