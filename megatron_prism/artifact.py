@@ -38,7 +38,7 @@ SCHEMA_VERSION = 1
 COMPLETE = "COMPLETE"
 PROVENANCE = "provenance.json"
 CONFIG = "config.toml"
-SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_hash")
+SESSION = ("id", "started_at", "command", "commit", "versions", "host", "config_hash", "cuda_graphs")
 """what provenance keeps of each earlier session, when a run that was stopped, or finished, goes on"""
 ASIDE = ".damaged-"
 """in the name of a folder that was set aside: no part of the artifact, to be removed by whoever looked at it"""

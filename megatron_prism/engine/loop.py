@@ -160,7 +160,7 @@ def build_run(cfg: TrainConfig) -> Run:
     run = Run(cfg, model_config, engine, data, held_out, parents, progress, log, Memory.of(progress.data), background=background)
     if mesh.rank == 0:
         bad_steps.forget_after(cfg.output, progress.step)
-    _record_plans(log, data, cfg.output, progress.samples)
+    _record(log, data, cfg.output, progress.samples, graphs=engine.graphs is not None)
     _introduce(run)
     return run
 
@@ -251,12 +251,12 @@ def _start(path: Path) -> Path:
     return on_main(lambda: run_folder.resolve(path))
 
 
-def _record_plans(log: MetricsLog, data: SampleReader, folder: Path, samples: int) -> None:
-    """Keep the plans of the data in the run's provenance, and say so where another one begins here. Rank 0."""
+def _record(log: MetricsLog, data: SampleReader, folder: Path, samples: int, graphs: bool) -> None:
+    """Keep the plans of the data in the run's provenance, and say so where another one begins here; keep whether steps use CUDA graphs. Rank 0."""
     if not log.enabled:
         return
     records = recorded(data.fingerprint)
-    artifact.annotate(folder, data_plans=records)
+    artifact.annotate(folder, data_plans=records, cuda_graphs=graphs)
     if len(records) > 1 and records[-1]["first_sample"] == samples:
         log.say(f"another plan of the data from sample {samples} on: {'; '.join(records[-1]['changes'])}")
 

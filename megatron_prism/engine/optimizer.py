@@ -23,20 +23,23 @@ from megatron_prism.engine.parallel import Mesh
 def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, overlap: bool) -> list[DistributedDataParallel]:
     """megatron-core's DDP around each chunk: gradients in one buffer, reduced over data-parallel ranks.
 
-    overlap: reduce gradients while the backward pass still runs, and gather weights while the next forward pass does (CUDA).
+    overlap: reduce gradients while the backward pass still runs, and gather weights while the next forward pass does (CUDA). Buckets are the same
+    without: which rank owns what, and in which order sums are taken, does not depend on it.
     """
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=optimizer.gradients == "fp32",
-        overlap_grad_reduce=overlap,
+        overlap_grad_reduce=True,  # else megatron-core makes one bucket of all, whatever bucket_size says (distributed_data_parallel.py:67)
         overlap_param_gather=overlap,
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(config, ddp, to_precision(chunk, config), disable_bucketing=index > 0, pg_collection=mesh.groups)
         for index, chunk in enumerate(chunks)
     ]
+    ddp.overlap_grad_reduce = overlap  # looked at in every pass, and shared by all chunks and their buckets
+    return wrapped
 
 
 class Optimizer:

@@ -72,6 +72,7 @@ def test_graphs_with_delayed_scaling_are_refused_where_ranks_agree_on_scales():
 
 
 def test_graphs_change_no_result_and_are_no_part_of_what_a_run_is():
+    """Nor do data-parallel ranks' results, whose buckets are the same: tests/laws/test_micro_batches.py. Provenance says whether a run had them."""
     assert "cuda_graphs" not in load_recipe(None, [*BASE, "cuda_graphs=true"], TrainConfig).model_dump()
 
 

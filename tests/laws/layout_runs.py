@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import checkpoint, context_parallel, data, loop, loss, model, parallel, step
+from megatron_prism.engine import checkpoint, context_parallel, data, loop, loss, model, optimizer, parallel, step
 from megatron_prism.engine.context_parallel import Chunk, chunks
 from megatron_prism.engine.cuda_graphs import MicroBatchGraphs
 from megatron_prism.engine.data import MicroBatch
@@ -56,6 +57,27 @@ BUILD_ENGINE = loop.build_engine
 def overlapping(*args: Any, overlap: bool) -> Any:
     """DDP as on CUDA."""
     return WRAP_MODEL(*args, overlap=True)
+
+
+@contextlib.contextmanager
+def small_buckets() -> Iterator[None]:
+    """Several buckets in so small a model."""
+    with mock.patch.object(optimizer, "DistributedDataParallelConfig", partial(optimizer.DistributedDataParallelConfig, bucket_size=20_000)):
+        yield
+
+
+@contextlib.contextmanager
+def overlapping_small_buckets() -> Iterator[None]:
+    """As a run without graphs on CUDA."""
+    with small_buckets(), mock.patch.object(loop, "wrap_model", overlapping):
+        yield
+
+
+@contextlib.contextmanager
+def one_by_one_small_buckets() -> Iterator[None]:
+    """As a run with graphs on CUDA, whose buckets are to be those of one without."""
+    with small_buckets(), mock.patch.object(loop, "build_engine", one_by_one):
+        yield
 
 
 def one_by_one(*args: Any) -> step.Engine:
@@ -119,6 +141,8 @@ def planted(fault: str | None) -> Iterator[None]:
         "one_by_one": mock.patch.object(loop, "build_engine", one_by_one),
         "overlap": mock.patch.object(loop, "wrap_model", overlapping),
         "overlap_saved_ungathered": ungathered(),
+        "overlap_small_buckets": overlapping_small_buckets(),
+        "one_by_one_small_buckets": one_by_one_small_buckets(),
         "zigzag_shifted_by_one": mock.patch.object(data, "chunks", second_slice_early),
         "zigzag_not_undone": mock.patch.object(context_parallel, "Reordered", LeftAsGathered),
         "padded_rows_in_softmax": mock.patch.object(model, "linear_cross_entropy", over_padded_rows_too),
