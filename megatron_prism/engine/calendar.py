@@ -243,6 +243,7 @@ def _export(run: Run) -> None:
 def _evaluate(run: Run) -> None:
     assert run.evaluate is not None, "the stage hands over what the recipe asks for"
     begun, step = time.perf_counter(), run.progress.step
+    run.engine.make_room()
     with watchdog.long_phase("evaluation"):
         scores = run.evaluate(_checkpoint(run))
     seconds = time.perf_counter() - begun

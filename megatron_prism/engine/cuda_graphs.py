@@ -4,7 +4,7 @@ of which the host would start by itself. For models so small that the device wai
 Owns: the micro-batches of a step without a pipeline, one after the other, gradients summed in DDP's buffers and finished as megatron-core's schedule
 does it; all that a graph knows by its address, which it keeps alive; and capturing anew where weights or gradients lie elsewhere than they did.
 Not in a graph: reading, exchanges between ranks, the optimizer. Eager all the same: the first steps, evaluation, the replay of a step that went
-wrong. Refuses nothing: `recipe` has refused what cannot be recorded.
+wrong, for which the memory of graphs is given back (`Engine.make_room`). Refuses nothing: `recipe` has refused what cannot be recorded.
 """
 
 import gc
@@ -77,7 +77,7 @@ class MicroBatchGraphs:
     ) -> Tensor:
         """This rank's micro-batches of a step, and its gradients finished; loss sums and token counts of its samples, float64 [sources, 2].
 
-        clock: of whole passes, which hold no exchange.
+        clock: of whole passes, which hold no exchange; a capture, which the host alone works for, is not in it.
         """
         if self.sums is None:
             by_source = torch.zeros(num_sources, 2, dtype=torch.float64, device=self.device)
@@ -91,6 +91,7 @@ class MicroBatchGraphs:
             with _span(timers, "forward-compute"):  # under megatron-core's schedule that holds the reading too
                 batch = next(batches)
             watchdog.beat("forward and backward")
+            self._prepare(model, batch, self.sums, is_first=number == 0)
             with clock.forward(), _span(timers, SPAN):
                 self._run(model, batch, self.sums, is_first=number == 0)
         self.steps += 1
@@ -104,21 +105,32 @@ class MicroBatchGraphs:
         return said if dp == 1 else f"{said}; sums of gradients and the gathering of weights do not overlap with them"
 
     def forget(self) -> None:
-        """Give the graphs' memory back; the next step captures anew."""
+        """Give the graphs' memory back to the device; the next step captures anew."""
         self.graphs.clear()
         self.kept.clear()
         self.inputs = None
+        if self.stream is not None:
+            torch.cuda.empty_cache()
+
+    def _prepare(self, model: DistributedDataParallel, batch: MicroBatch, sums: Sums, is_first: bool) -> None:
+        """Capture what this micro-batch is going to replay, where nothing is captured yet."""
+        if self._is_eager:
+            return
+        casts_weights = _casts_weights(model, is_first)
+        if casts_weights not in self.graphs:
+            self.graphs[casts_weights] = self._capture(model, self._put(batch), sums, is_first)
+
+    @property
+    def _is_eager(self) -> bool:
+        return self.stream is None or self.steps < WARM_STEPS
 
     def _run(self, model: DistributedDataParallel, batch: MicroBatch, sums: Sums, is_first: bool) -> None:
-        if self.stream is None or self.steps < WARM_STEPS:
+        if self._is_eager:
             with self.beside():
                 one_pass(model, batch, sums, is_first)
             return
-        inputs = self._put(batch)
-        casts_weights = is_first and model.config.fp8 is not None
-        if casts_weights not in self.graphs:
-            self.graphs[casts_weights] = self._capture(model, inputs, sums, is_first)
-        self.graphs[casts_weights].replay()
+        self._put(batch)
+        self.graphs[_casts_weights(model, is_first)].replay()
 
     def _put(self, batch: MicroBatch) -> MicroBatch:
         """The batch, where graphs read it."""
@@ -131,6 +143,7 @@ class MicroBatchGraphs:
 
     def _capture(self, model: DistributedDataParallel, inputs: MicroBatch, sums: Sums, is_first: bool) -> Any:
         """A pass, recorded and not run. Both graphs use one pool of memory: they never run at once, and leave nothing in it for each other."""
+        torch.cuda.synchronize(self.device)  # a fault of work that was given before is raised here, and is no fault of the capture
         graph: Any = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in self.graphs.values()), None)
         # other threads pin memory and wait for events meanwhile, which "global" would take for a part of the pass
@@ -139,9 +152,9 @@ class MicroBatchGraphs:
             try:
                 with recording:
                     one_pass(model, inputs, sums, is_first)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if not is_of_capture(error):
+                    raise
                 raise UserError(f"cuda_graphs=true: this model's pass cannot be captured here ({error}); set cuda_graphs=false") from error
         self.kept += known_by_address(model)
         self.addresses = addresses_of(model)
@@ -161,11 +174,27 @@ def one_pass(model: DistributedDataParallel, batch: MicroBatch, sums: Sums, is_f
     scaled(loss).backward()
 
 
+def is_of_capture(error: BaseException) -> bool:
+    """Whether it says that something may not be captured: CUDA's cudaErrorStreamCapture... ("... when stream is capturing") and torch's own words.
+
+    A device that failed, or that has no memory left, makes the capture fail too: the first RuntimeError of a chain counts.
+    """
+    chain: list[BaseException] = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    first = next((one for one in reversed(chain) if isinstance(one, RuntimeError)), error)
+    return not isinstance(first, torch.OutOfMemoryError) and "captur" in str(first).lower()
+
+
 def draw_nothing(chunk: torch.nn.Module) -> None:
     """Have TransformerEngine's attention not set aside the state of random numbers around dropout that there is not: a capture may not touch it."""
     for module in chunk.modules():
         if hasattr(module, "attention_dropout_ctx"):
             module.attention_dropout_ctx = nullcontext
+
+
+def _casts_weights(model: DistributedDataParallel, is_first: bool) -> bool:
+    return is_first and model.config.fp8 is not None
 
 
 def known_by_address(model: torch.nn.Module) -> list[Any]:

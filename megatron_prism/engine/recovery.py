@@ -48,6 +48,7 @@ def leave_out(run: Run, report: StepReport, random_states: dict[str, Any] | None
     section, progress = run.cfg.bad_steps, run.progress
     step, first = progress.step, progress.samples - run.cfg.global_batch
     refuse_changed_memory(run, f"step {step}")
+    run.engine.make_room()  # the replay is eager; were it to run out of memory, a restart would meet the same samples
     found = origin.find(run.engine, lambda: forward_backward(run.engine, run.data, first, forward_only=False), random_states)
     allowed = run.memory.leave_out(step, first, run.cfg.global_batch, section)
     samples = _samples(run, first, found)
@@ -198,6 +199,7 @@ def _take_back(run: Run, way: Return, records: list[dict[str, Any]], said: str) 
 def _go_back(run: Run, way: Return, records: list[dict[str, Any]]) -> None:
     rollbacks = run.memory.rollbacks + 1
     dist.barrier()
+    run.engine.make_room()
     run.progress = checkpoint.load_all(run.engine, run.cfg.output / run_folder.CHECKPOINTS / way.name)
     run.memory = Memory.of(run.progress.data)
     run.memory.rollbacks = rollbacks

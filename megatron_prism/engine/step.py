@@ -41,6 +41,13 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.clock.device = self.device
+        if self.graphs is not None:
+            self.clock.measured = "forward and backward"
+
+    def make_room(self) -> None:
+        """Before other work than steps, which finds the memory that eager steps leave: graphs keep the room of a whole pass."""
+        if self.graphs is not None:
+            self.graphs.forget()
 
 
 @dataclass(frozen=True)

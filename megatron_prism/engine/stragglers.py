@@ -1,8 +1,9 @@
 """A rank that is slower than those with the same work is named: by the time of its own work, as far as it can be told from waiting for others.
 
 Measured are the forward passes of a rank's micro-batches (on CUDA by events, read when the step has waited for the device anyway) and its waits for
-data. Backward passes and the rest run beside exchanges and are not. Under tp or cp a forward pass holds exchanges within the group, so all ranks of a
-group that has a slow one look slow. Compared are ranks of the same pipeline stage: stages may be unequal by design.
+data. Backward passes and the rest run beside exchanges and are not, but with CUDA graphs, whose passes are timed whole and hold no exchange. Under tp
+or cp a forward pass holds exchanges within the group, so all ranks of a group that has a slow one look slow. Compared are ranks of the same pipeline
+stage: stages may be unequal by design.
 One that is slow in two reports in a row is named: in one alone, it may have been another program's turn.
 Owns: the clock, the exchange of one row a rank at each report, and who is named. Called on every rank.
 """
@@ -31,6 +32,8 @@ class Clock:
     """What this rank's own work took since the last report; the first step, in which kernels are compiled, is left out. device: where it computes."""
 
     device: torch.device | None = None
+    measured: str = "forward"
+    """what `forward` is put around, for people: whole passes, where a forward pass cannot be told from its backward pass (`cuda_graphs`)"""
     forward_seconds: float = 0.0
     steps: int = 0
     began: float = field(default_factory=time.perf_counter)
@@ -101,12 +104,12 @@ class Slow:
         """Its own work over its peers'."""
         return self.work.seconds / max(self.peers_seconds, 1e-9)
 
-    def line(self) -> str:
-        """For people."""
+    def line(self, measured: str = "forward") -> str:
+        """For people. measured: as a `Clock`'s."""
         work = self.work
         return (
             f"slow: rank {work.rank} ({work.host}, pipeline stage {work.stage}) needs {work.seconds:.3f} s for its own work of a step, "
-            f"{self.ratio:.1f} times its peers' {self.peers_seconds:.3f} s: forward {work.forward - self.peers_forward:+.3f} s, "
+            f"{self.ratio:.1f} times its peers' {self.peers_seconds:.3f} s: {measured} {work.forward - self.peers_forward:+.3f} s, "
             f"waiting for data {work.data - self.peers_data:+.3f} s"
         )
 
@@ -134,7 +137,7 @@ def report(clock: Clock, mesh: Mesh, percent: float | None) -> tuple[dict[str, A
     named = [one for one in found if one.work.rank in clock.slow_before]
     clock.slow_before = frozenset(one.work.rank for one in found)
     metrics = {"straggler/ratio": slow[0].ratio, "straggler/rank": slow[0].work.rank, "straggler/named": [one.work.rank for one in named]}
-    return metrics, [one.line() for one in named]
+    return metrics, [one.line(clock.measured) for one in named]
 
 
 def slowest(works: Sequence[Work]) -> list[Slow]:

@@ -14,6 +14,12 @@ def test_the_slowest_comes_first_and_is_held_to_the_median_of_its_stage() -> Non
     assert "slow: rank 2 (gpu-1, pipeline stage 0) needs 2.000 s" in first.line() and "waiting for data +1.000 s" in first.line()
 
 
+def test_where_passes_are_timed_whole_the_line_says_so() -> None:
+    first = slowest([_work(0, 1.0), _work(1, 2.0)])[0]
+    assert "times its peers' 1.000 s: forward +1.000 s" in first.line()
+    assert "times its peers' 1.000 s: forward and backward +1.000 s" in first.line("forward and backward")
+
+
 def test_a_stage_with_more_layers_is_not_slow() -> None:
     found = slowest([_work(0, 1.0), _work(1, 1.0), _work(2, 3.0, stage=1), _work(3, 3.0, stage=1)])
     assert {one.ratio for one in found} == {1.0}

@@ -16,7 +16,7 @@ from tiny_models import TINY
 from training import VOCAB_SIZE, differing, final_state, from_random, recipe
 
 from megatron_prism.config import load_recipe
-from megatron_prism.engine import checkpoint, loop, parallel, run_folder
+from megatron_prism.engine import checkpoint, loop, parallel, recovery, run_folder
 from megatron_prism.engine.cuda_graphs import MicroBatchGraphs
 from megatron_prism.engine.recipe import TrainConfig
 from megatron_prism.kernels.causal_attention import fused
@@ -69,10 +69,10 @@ def model_files(root: Path, kind: str) -> dict[str, str]:
     return {"model__hf_config": str(folder), "model__tokenizer": str(folder)}
 
 
-def config(root: Path, output: Path, kind: str, micro_batches: int, graphs: bool) -> TrainConfig:
+def config(root: Path, output: Path, kind: str, micro_batches: int, graphs: bool, **more: Any) -> TrainConfig:
     settings = {"steps": STEPS, "global_batch": micro_batches, "precision": "bf16", "device": "cuda", "deterministic": True, "watchdog": None}
     saves = {"checkpoint__save_interval": SAVED, "checkpoint__keep_last": 10, "validation__interval": 2, "validation__batches": 1}
-    words = recipe(root, output, **{**settings, **saves, **model_files(root, kind), **KINDS[kind], "cuda_graphs": graphs})
+    words = recipe(root, output, **{**settings, **saves, **model_files(root, kind), **KINDS[kind], "cuda_graphs": graphs, **more})
     return load_recipe(None, words, TrainConfig)
 
 
@@ -155,6 +155,30 @@ def test_graphs_compute_with_weights_that_are_loaded_after_the_capture(root, run
     assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
     start = [weight.detach().clone() for weight in run.engine.model[0].parameters()]
     assert not all(torch.equal(end, begin) for end, begin in zip(ends[0], start, strict=True)), "the steps changed the weights"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tensorwise"])
+def test_a_replay_of_a_bad_step_has_the_memory_of_the_graphs_and_training_goes_on(root, captures, monkeypatch, kind):
+    """A weight is NaN for the length of step 4: the step is left out, and steps 5 and 6 are those of an eager run that left it out."""
+    ends, taken = [], []
+    find = recovery.origin.find
+    monkeypatch.setattr(recovery.origin, "find", lambda *args: (taken.append(torch.cuda.memory_reserved()), find(*args))[1])
+    for graphs in (False, True):
+        run = loop.build_run(config(root, root / f"bad_{kind}_{graphs}", kind, 3, graphs, bad_steps__on_nan="skip"))
+        for _ in range(SAVED):
+            loop._step(run)
+        weight = next(run.engine.model[0].parameters())
+        before, reserved = weight.detach().clone(), torch.cuda.memory_reserved()
+        weight.data.view(-1)[5] = torch.nan
+        assert not loop._step(run).applied
+        weight.data.copy_(before)
+        for _ in range(2):
+            assert loop._step(run).applied
+        ends.append([weight.detach().clone() for weight in run.engine.model[0].parameters()])
+        run.close()
+    assert taken[1] < reserved, "the graphs' pool was given back"
+    assert captures in ([2, 4], [2, 2, 4, 4])
+    assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
 
 
 def test_a_pass_that_moved_is_captured_anew(root, captures):
