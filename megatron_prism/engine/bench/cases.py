@@ -31,6 +31,8 @@ Baseline = Literal[
 SEQ_LEN = 8192
 OWNED = {"output": "output", "model": "model (and vocab_size)", "steps": "steps"}
 """keys of a training recipe that the case itself sets -> what to set instead"""
+GRAPHS_WARMUP = 4
+"""fewest steps of warm-up with CUDA graphs: two are eager, the third captures, memory is read, and the fourth is taken in turns with the others"""
 SEQUENCES = 64
 """of random tokens; the run begins again after the last"""
 
@@ -52,7 +54,7 @@ class CaseConfig(Block):
     """what to measure beside ours, in turns: bare_megatron_core, transformers and transformers_liger, both also with _autocast, without_cuda_graphs;
     available: those that can run here"""
     warmup: Positive = 5
-    """steps of each side before its clock starts; the last of several in turns with the others"""
+    """steps of each side before its clock starts; the last of several in turns with the others; with train.cuda_graphs at least 4"""
     steps: Positive = 10
     """timed steps of each side"""
     rounds: Positive = 5
@@ -181,6 +183,11 @@ def _train_config(options: CaseConfig, folder: Path, world_size: int) -> TrainCo
     start = {"hf_config": str(folder), "tokenizer": str(folder)}
     needed = {"output": "unset", "steps": 1, "global_batch": 1, "data": {"seq_len": SEQ_LEN, "blend": "random"}, "model": start}
     train = validate(_over(needed, _replaced(options.train, "none", None)), TrainConfig, where="train")
+    if train.cuda_graphs and options.warmup < GRAPHS_WARMUP:
+        raise UserError(
+            f"warmup={options.warmup} with train.cuda_graphs=true would time steps without a graph, or the one that captures it, and read the peak "
+            f"of memory before it; set warmup={GRAPHS_WARMUP} or more"
+        )
     if "global_batch" in options.train:
         return train
     dp = max(world_size // train.parallel.model_ranks, 1)

@@ -11,7 +11,8 @@ from megatron_prism.config import load_recipe, to_toml
 from megatron_prism.data_prep.blend import load_blend
 from megatron_prism.data_prep.manifest import verify
 from megatron_prism.engine.bench import cases
-from megatron_prism.engine.bench.cases import Config, resolve
+from megatron_prism.engine.bench.cases import CaseConfig, Config, resolve
+from megatron_prism.engine.cuda_graphs import WARM_STEPS
 from megatron_prism.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "bench").glob("*.toml"))
@@ -116,11 +117,18 @@ def test_random_tokens_are_shards_like_any_others_and_the_same_each_time(tmp_pat
         ({"cases": [{"name": "a"}, {"name": "b"}], "only": ["c"]}, "no cases of these names; there are a, b"),
         ({"baselines": ["bare"]}, "baselines"),
         ({"cases": [{"name": "a"}, {"name": "b", "train": {"device": "cuda"}}]}, "share train.device"),
+        ({"train": {"cuda_graphs": True}, "warmup": 3}, "warmup=3 with train.cuda_graphs=true would time steps without a graph.*warmup=4 or more"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(tiny, tmp_path, keys, words):
     with pytest.raises(ValueError, match=words):
         resolve(tiny_config(tiny, **keys), 1, tmp_path / "work")
+
+
+def test_the_fewest_steps_of_warm_up_with_graphs_are_the_eager_ones_the_capture_and_one_more():
+    assert cases.GRAPHS_WARMUP == WARM_STEPS + 2
+    options = CaseConfig(model="llama-3.1-8b:1", warmup=cases.GRAPHS_WARMUP, train={"cuda_graphs": True, "device": "cuda"})
+    assert cases.planned(options, 1)[1].cuda_graphs
 
 
 def test_refusals_are_errors_for_people(tiny, tmp_path):
