@@ -4,7 +4,6 @@ Owns: what those kernels cannot do (`obstacle`), and the layouts that they expec
 """
 
 import functools
-import importlib
 from importlib import metadata
 
 import torch
@@ -35,7 +34,7 @@ def missing() -> str | None:
     if installed() is None:
         return "flash-attn-4 is not installed (pip install megatron-prism[flash])"
     try:
-        importlib.import_module("flash_attn.cute")
+        import flash_attn.cute  # noqa: F401
     except Exception as error:  # whatever its libraries raise: a missing one, a wrong CUDA, a name of another version
         return f"flash-attn-4 {installed()} cannot be imported ({type(error).__name__}: {error})"
     return None

@@ -51,8 +51,7 @@ class CaseConfig(Block):
     train: dict[str, Any] = Field(default_factory=dict)
     """keys of a training recipe (prism train --keys); data.seq_len is 8192 unless set, tokens are random without data.blend"""
     baselines: Literal["available"] | list[Baseline] = Field(default_factory=list)
-    """what to measure beside ours, in turns: bare_megatron_core, transformers and transformers_liger, both also with _autocast, without_cuda_graphs;
-    available: those that can run here"""
+    """what to measure beside ours, in turns: bare_megatron_core, transformers[_liger][_autocast], without_cuda_graphs; available: all that can run"""
     warmup: Positive = 5
     """steps of each side before its clock starts; the last of several in turns with the others; with train.cuda_graphs at least 4"""
     steps: Positive = 10
