@@ -3,8 +3,8 @@
     import shared_gpu; shared_gpu.share()     (in each rank, before torch.distributed starts)
 
 What a test proves this way: layouts, kernels, what is exchanged. Not: NCCL, work beside exchanges and the order of streams (each exchange is over
-when it returns), rounding of sums in bf16 (they are made in fp32). Owns: torch.distributed's functions on tensors that
-are not in host memory (gloo has only some of them there), the device of every rank, the process groups' backend. Nothing here is part of the package.
+when it returns), rounding of sums in bf16 (they are made in fp32). Owns: torch.distributed's functions on tensors that are not in host memory (gloo
+has only some of them there), the device of every rank, the process groups' backend. Nothing here is part of the package.
 """
 
 import os

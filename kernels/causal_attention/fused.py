@@ -25,7 +25,12 @@ def obstacle(q_sbqd: Tensor) -> str | None:
         return "the tensors are not on CUDA"
     if q_sbqd.dtype not in TYPES:
         return f"FlashAttention-4 does not compute in {q_sbqd.dtype}"
-    return missing() or device_obstacle(torch.cuda.get_device_capability(q_sbqd.device)[0], q_sbqd.shape[-1])
+    return library_obstacle(q_sbqd.device, q_sbqd.shape[-1])
+
+
+def library_obstacle(device: torch.device, head_dim: int) -> str | None:
+    """Why the library cannot be called on this GPU for heads of this dimension; None if it can."""
+    return missing() or device_obstacle(torch.cuda.get_device_capability(device)[0], head_dim)
 
 
 @functools.cache

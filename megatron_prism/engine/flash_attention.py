@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_prism.engine.attention import CausalAttention
 from megatron_prism.engine.documents import lengths_of, segment_ends
 from megatron_prism.errors import UserError
 from megatron_prism.kernels.causal_attention import causal_attention, fused
@@ -21,31 +20,14 @@ MEASURED = 9
 """major compute capability of the GPUs on which it was measured to be faster than cuDNN (docs/benchmarks.md)"""
 
 
-class FlashAttention(MegatronModule):
-    """softmax(q k^T * scale) v with a causal mask, grouped queries and, if the config asks, a sliding window."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **unused: Any,
-    ) -> None:
-        super().__init__(config=config)
-        assert config.context_parallel_size == 1 and config.attention_dropout == 0.0
-        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        self.window = None if config.window_size is None else config.window_size[0] + 1
+class FlashAttention(CausalAttention):
+    """The same on another kernel, for one context-parallel rank and without dropout."""
 
     def forward(
         self, q_sbqd: Tensor, k_tbkd: Tensor, v_tbkd: Tensor, attention_mask: None, packed_seq_params: PackedSeqParams | None = None, **unused: Any
     ) -> Tensor:
-        """[s, b, q, d], [t, b, k, d], [t, b, k, d] -> [s, b, q * d]. The last query stands at the last key; a mask tensor is refused.
-
-        Packed documents come without the batch axis ([s, q, d]) and leave so: each sees itself alone, padding at its end included.
-        """
-        assert attention_mask is None
+        """As CausalAttention's."""
+        assert attention_mask is None and self.cp == 1 and self.dropout == 0.0
         packed = packed_seq_params is not None
         if packed:
             q_sbqd, k_tbkd, v_tbkd = (x.unsqueeze(1) for x in (q_sbqd, k_tbkd, v_tbkd))
@@ -97,7 +79,7 @@ def _cannot(head_dim: int, cp: int, bf16: bool, transformer_engine: bool, device
         return f"parallel.cp={cp}, and TransformerEngine's attention alone exchanges keys and values"
     if not bf16:
         return "precision=fp32, and its kernels compute in 16 bits"
-    return fused.missing() or fused.device_obstacle(_capability(device), head_dim)
+    return fused.library_obstacle(device, head_dim)
 
 
 def _unproved(deterministic: bool, device: torch.device) -> str | None:
@@ -106,9 +88,5 @@ def _unproved(deterministic: bool, device: torch.device) -> str | None:
         return f"version {fused.installed()}, and {fused.VERSION} was proved (attention_backend=flash takes it)"
     if deterministic:
         return "deterministic=true, and that a run goes on bit for bit was proved with cuDNN (attention_backend=flash takes it)"
-    found = _capability(device)
+    found = torch.cuda.get_device_capability(device)[0]
     return None if found == MEASURED else f"on compute capability {found} nobody measured which is faster (attention_backend=flash takes it)"
-
-
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]

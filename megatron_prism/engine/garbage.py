@@ -26,3 +26,10 @@ def by_hand(interval: int | None) -> Iterator[None]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+def is_due(interval: int | None, step: int, worked: bool) -> bool:
+    """Whether the loop collects after this step: each `interval` steps, and after what makes more garbage than steps do (saves and what goes with
+    them), whose copies would else wait in memory for the next such step; None: never.
+    """
+    return interval is not None and (worked or step % interval == 0)

@@ -123,7 +123,7 @@ def _loop(run: Run) -> bool:
             _validate(run)
         if not calendar.after_step(run, bool(report.signal), partial(_save, run)):
             return False
-        if every(cfg.gc_interval, step):
+        if garbage.is_due(cfg.gc_interval, step, worked=every(cfg.checkpoint.save_interval, step)):
             gc.collect()
     run.log.say(describe_consumption(recorded(run.data.fingerprint), run.progress.samples, cfg.data.seq_len))
     return True
@@ -197,9 +197,8 @@ def build_engine(cfg: TrainConfig, model_config: ModelConfig, mesh: Mesh, place:
     graphs = _graphs(cfg, chunks, place)
     with nullcontext() if graphs is None else graphs.beside():
         model = wrap_model(chunks, mesh, cfg.optimizer, overlap=place.type == "cuda" and graphs is None)
-    return Engine(
-        model, build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16"), mesh, place, graphs, flash_attention.describe(found[0])
-    )
+    optimizer = build_optimizer(model, cfg.optimizer, mesh, cfg.precision == "bf16")
+    return Engine(model, optimizer, mesh, place, graphs, flash_attention.describe(found[0]))
 
 
 def _graphs(cfg: TrainConfig, chunks: list[Chunk], place: torch.device) -> MicroBatchGraphs | None:

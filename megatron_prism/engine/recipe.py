@@ -109,7 +109,7 @@ class TrainConfig(Block):
     check_memory: bool = Field(default=False, exclude=True)
     """compare weights, master weights and moments with what the last update wrote, before each update and save: docs/chaos.md"""
     gc_interval: Positive | None = Field(default=100, exclude=True)
-    """steps between collections of Python's garbage, after the same step on all ranks; none: each rank's Python collects when it likes"""
+    """steps between collections of Python's garbage, on all ranks at once, as after each save; none: each rank's Python collects when it likes"""
     straggler_percent: PositiveFloat | None = Field(default=30, exclude=True)
     """a rank that takes so much more time for its own work than its peers is named in the log; none: nobody looks"""
     log: LogConfig = Field(default_factory=LogConfig)

@@ -4,8 +4,12 @@ import gc
 import weakref
 
 import pytest
+from training import from_random, recipe
 
-from megatron_prism.engine import garbage
+from megatron_prism.config import load_recipe
+from megatron_prism.engine import garbage, loop, parallel
+from megatron_prism.engine.recipe import TrainConfig
+from megatron_prism.engine.step import train_step
 
 
 class Knot:
@@ -57,3 +61,15 @@ def test_after_an_error_all_is_as_it_was():
     with pytest.raises(KeyError), garbage.by_hand(100):
         raise KeyError
     assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_a_run_collects_after_the_steps_that_are_due_and_no_other(tmp_path, monkeypatch):
+    happened: list[object] = []
+    monkeypatch.setattr(loop, "train_step", lambda *args, **kwargs: (happened.append("step"), train_step(*args, **kwargs))[1])
+    monkeypatch.setattr(loop.gc, "collect", lambda: happened.append("collected"))
+    saves = {"checkpoint__save_interval": 3, "steps": 5, "gc_interval": 2, "watchdog": None}
+    words = recipe(tmp_path, tmp_path / "run", **saves, **from_random(tmp_path))
+    loop.train(load_recipe(None, words, TrainConfig))
+    parallel.stop()
+    first = happened.index("step")
+    assert happened[first : first + 8] == ["step", "step", "collected", "step", "collected", "step", "collected", "step"], happened
