@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_prism.config import OptimizerConfig
+from megatron_prism.engine.fp8_params import Fp8Weights
 from megatron_prism.kernels.adamw import Hyperparameters, adamw, join, split
 
 MASTER = "master_param"
@@ -19,12 +20,14 @@ class AdamW:
     """param_groups: megatron-core's, each with `params` (flat ranges), `lr`, `weight_decay`, and from the first step on `step`.
 
     state[weight]: exp_avg, exp_avg_sq, and for a bf16 weight its master: fp32, or the int16 half that the weight lacks. An fp32 weight is its own
-    master. gradient_scale: what the next step's gradients count times, one number on the device; NaN: the step changes nothing.
+    master. gradient_scale: what the next step's gradients count times, one number on the device; NaN: the step changes nothing. fp8: weights that the
+    model keeps in FP8; their fp32 masters stand among `params`, and after every step they are made of them.
     """
 
-    def __init__(self, param_groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+    def __init__(self, param_groups: list[dict[str, Any]], config: OptimizerConfig, fp8: Fp8Weights) -> None:
         self.param_groups = param_groups
         self.config = config
+        self.fp8 = fp8
         self.moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.gradient_scale: Tensor | None = None
@@ -42,11 +45,22 @@ class AdamW:
                     state = self._state(weight)
                     moments = state["exp_avg"], state["exp_avg_sq"]
                     adamw(weight, gradient, *moments, settings, master=state.get(MASTER), gradient_scale=self.gradient_scale)
+        self.fp8.quantise()
 
     def uncount(self) -> None:
         """Forget that the last step was counted: it changed nothing."""
         for group in self.param_groups:
             group["step"] -= 1
+
+    def owned(self) -> list[Tensor]:
+        """The ranges of the model's weights that this rank updates, as they lie in the model."""
+        masters = {id(one.master) for one in self.fp8.owned}
+        plain = [weight for group in self.param_groups for weight in group["params"] if id(weight) not in masters]
+        return plain + [one.data for one in self.fp8.owned]
+
+    def states(self) -> list[Tensor]:
+        """What is held beside them: masters and moments."""
+        return [tensor for state in self.state.values() for tensor in state.values()] + [one.master for one in self.fp8.owned]
 
     def initialize(self) -> None:
         """Make the state of every weight."""

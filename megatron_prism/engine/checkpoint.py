@@ -27,10 +27,12 @@ from pydantic import BaseModel
 from megatron_prism import artifact
 from megatron_prism.data_prep.history import Continuation, OnChange, go_on
 from megatron_prism.engine import leftovers
+from megatron_prism.engine.fp8_params import is_fp8
 from megatron_prism.engine.integrity import require_whole
 from megatron_prism.engine.mcore import load_sharded, plan_sharded
 from megatron_prism.engine.model import unwrap
-from megatron_prism.engine.optimizer_state import OptimizerState
+from megatron_prism.engine.optimizer import gather
+from megatron_prism.engine.optimizer_state import FP8, Fp8WeightState, OptimizerState
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.run_folder import STATE, STATE_SCHEMA_VERSION, complete_steps, read_state, step_folder
@@ -120,7 +122,8 @@ def _full_state(engine: Engine) -> dict[str, Any]:
     """Everything that is sharded: weights, optimizer, random number states."""
     model = _model_state(engine, scales=_has_scales(engine))
     optimizer = {"groups": engine.optimizer.groups(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
-    return {**model, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}
+    fp8 = Fp8WeightState(engine.optimizer, model, loading=False)
+    return {**_without_fp8(model), **fp8.entry, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}
 
 
 def gather_weights(engine: Engine) -> None:
@@ -128,8 +131,7 @@ def gather_weights(engine: Engine) -> None:
 
     Where that overlaps with the next forward pass (CUDA), a rank has last step's values of all ranges but its own until then.
     """
-    for chunk in engine.model:
-        chunk.start_param_sync(force_sync=True)
+    gather(engine.model)
 
 
 def load_weights(engine: Engine, checkpoint: Path) -> None:
@@ -147,12 +149,20 @@ def write_weights(engine: Engine, folder: Path) -> None:
             folder.mkdir(parents=True)
 
     on_main(make)
-    save_sharded(_model_state(engine, scales=False), folder)
+    model = _model_state(engine, scales=False)
+    save_sharded({**_without_fp8(model), **Fp8WeightState(engine.optimizer, model, loading=False).entry}, folder)
 
 
 def read_weights(engine: Engine, folder: Path) -> None:
-    """Put weights that were written sharded, by any layout, where the model's are; the optimizer knows nothing of it."""
-    _put_weights(engine, load_sharded(_model_state(engine, scales=False), folder))
+    """Put weights that were written sharded, by any layout, where the model's are; of the optimizer, masters of FP8 weights alone follow."""
+    model = _model_state(engine, scales=False)
+    fp8 = Fp8WeightState(engine.optimizer, model, loading=True)
+    state = load_sharded({**_without_fp8(model), **fp8.entry}, folder)
+    _put_weights(engine, state)
+    if fp8.tensors:
+        fp8.apply(state[FP8])
+        engine.optimizer.quantise()
+        gather_weights(engine)
 
 
 def load_all(engine: Engine, checkpoint: Path, checked: bool = False) -> Progress:
@@ -173,10 +183,11 @@ def load_all(engine: Engine, checkpoint: Path, checked: bool = False) -> Progres
     model = _model_state(engine, scales)
     optimizer = OptimizerState(engine.optimizer, model, loading=True)
     rng = {"rng": _rng_object(engine.mesh)} if same_layout else {}
-    state = load_sharded({**model, "optimizer": {"state": optimizer.tensors}, **rng}, checkpoint / SHARDED)
+    state = load_sharded({**_without_fp8(model), "optimizer": {"state": optimizer.tensors}, **rng}, checkpoint / SHARDED)
     _put_weights(engine, state)
     engine.optimizer.load_groups(state["optimizer"]["groups"])
     optimizer.apply(state["optimizer"]["state"])
+    engine.optimizer.quantise()
     gather_weights(engine)
     if same_layout:
         _put_rng(state["rng"])
@@ -257,6 +268,11 @@ def _model_state(engine: Engine, scales: bool) -> dict[str, Any]:
         state = unwrap(chunk).sharded_state_dict(metadata=metadata)
         states[name] = {key: value for key, value in state.items() if scales or not key.endswith("_extra_state")}
     return states
+
+
+def _without_fp8(model_state: dict[str, Any]) -> dict[str, Any]:
+    """All but the weights that the model keeps in FP8 alone: those are saved and loaded as their masters."""
+    return {chunk: {key: item for key, item in state.items() if not is_fp8(getattr(item, "data", None))} for chunk, state in model_state.items()}
 
 
 def _put_weights(engine: Engine, state: dict[str, Any]) -> None:

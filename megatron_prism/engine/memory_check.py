@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prism.engine.fp8_params import stored
 from megatron_prism.engine.ranks import on_all
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,13 +58,13 @@ class MemoryCheck:
         return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _own(self) -> Iterable[Tensor]:
-        return (weight for part in self.parts for group in part.optimizer.param_groups for weight in group["params"])
+        return (weight for part in self.parts for weight in part.optimizer.owned())
 
     def _states(self) -> Iterable[Tensor]:
-        return (tensor for part in self.parts for state in part.optimizer.state.values() for tensor in state.values())
+        return (tensor for part in self.parts for tensor in part.optimizer.states())
 
     def _weights(self) -> Iterable[Tensor]:
-        return (weight for part in self.parts for buffer in getattr(part, "buffers", []) for weight in buffer.params)
+        return (stored(weight) for part in self.parts for buffer in getattr(part, "buffers", []) for weight in buffer.params)
 
 
 def damages(check: MemoryCheck) -> list[str]:

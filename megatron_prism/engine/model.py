@@ -297,6 +297,7 @@ def _fp8_settings(options: BuildOptions, transformer_engine: bool) -> dict[str, 
         "first_last_layers_bf16": bool(fp8.bf16_layers_at_start or fp8.bf16_layers_at_end),
         "num_layers_at_start_in_bf16": fp8.bf16_layers_at_start,
         "num_layers_at_end_in_bf16": fp8.bf16_layers_at_end,
+        "fp8_param": fp8.params,
     }
 
 

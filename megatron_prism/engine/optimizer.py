@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_prism.config import OptimizerConfig
 from megatron_prism.engine.adamw import AdamW
+from megatron_prism.engine.fp8_params import Fp8Weights, make_transposes
 from megatron_prism.engine.mcore import gradients_for_norm, optimizer_config
 from megatron_prism.engine.memory_check import MemoryCheck
 from megatron_prism.engine.model import Chunk, to_precision
@@ -33,6 +34,7 @@ def wrap_model(chunks: list[Chunk], mesh: Mesh, optimizer: OptimizerConfig, over
         overlap_grad_reduce=True,  # else megatron-core makes one bucket of all, whatever bucket_size says (distributed_data_parallel.py:67)
         overlap_param_gather=overlap,
         check_for_nan_in_grad=False,
+        fp8_param_gather=config.fp8_param,
     )
     wrapped = [
         DistributedDataParallel(config, ddp, to_precision(chunk, config), disable_bucketing=index > 0, pg_collection=mesh.groups)
@@ -60,7 +62,7 @@ class Optimizer:
         self.memory: MemoryCheck | None = None
         for part in self.chained_optimizers:
             _order_by_type(part)
-            part.optimizer = AdamW(part.optimizer.param_groups, config)
+            part.optimizer = AdamW(part.optimizer.param_groups, config, Fp8Weights(part, groups.dp_cp))
 
     def step(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Update the weights, and gather them unless that overlaps with the next forward pass.
@@ -139,6 +141,12 @@ class Optimizer:
             part.optimizer.forget()
         self._forget_memory()
 
+    def quantise(self) -> None:
+        """Make the model's FP8 weights, where it has some, of their masters; weights are to be gathered after it."""
+        for part in self.chained_optimizers:
+            part.optimizer.fp8.quantise()
+        self._forget_memory()
+
     def initialize(self) -> None:
         """Make every moment and master weight, so that a checkpoint can fill them."""
         for part in self.chained_optimizers:
@@ -183,7 +191,17 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         schedule.no_sync_func = [chunk.no_sync for chunk in model] if several else model[0].no_sync
         if several:
             schedule.grad_sync_func = [chunk.start_grad_sync for chunk in model]
+    if model[0].config.fp8_param:
+        optimizer.quantise()
+        gather(model)
     return optimizer
+
+
+def gather(model: list[DistributedDataParallel]) -> None:
+    """Make every rank's copy of the weights that of the ranks which updated them, now."""
+    for chunk in model:
+        chunk.start_param_sync(force_sync=True)
+        make_transposes(chunk.parameters())
 
 
 def _order_by_type(part: Any) -> None:

@@ -20,10 +20,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from megatron_prism.engine.fp8_params import is_fp8
 from megatron_prism.engine.optimizer import Optimizer
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size of an n-dimensional slice."""
+FP8 = "fp8"
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
@@ -60,32 +62,41 @@ def own_state(optimizer: Optimizer) -> Iterator[tuple[Any, torch.nn.Parameter, i
                 yield part, weight, place["param"].start, place["param"].end
 
 
+def by_weight(model_state: dict[str, Any]) -> dict[int, Any]:
+    """The sharded tensor of each weight, by the weight's id; in place of FP8, whose tensors cannot be cut, one of its shape without memory."""
+
+    def plain(item: Any) -> Any:
+        return replace(item, data=torch.empty(item.data.shape, dtype=item.data.dtype, device="meta")) if is_fp8(item.data) else item
+
+    return {id(item.data): plain(item) for item in nested_values(model_state)}
+
+
 def sharded_slices(
-    weight: torch.nn.Parameter, metadata: ShardedTensor | ShardedTensorFactory, start: int, stop: int
+    metadata: ShardedTensor | ShardedTensorFactory, start: int, stop: int, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[ShardedTensor, int, int]]:
-    """The boxes of a weight's flat range: (sharded tensor without data, start and stop in the weight).
+    """The boxes of a weight's flat range, stored in a type: (sharded tensor without data, start and stop in the weight).
 
     A factory (gate and up projection in one weight) stores several tensors, each a contiguous part of the weight.
     """
     parts = list(nested_values(metadata.build())) if isinstance(metadata, ShardedTensorFactory) else [metadata]
     for part in parts:
-        begin = part.data.storage_offset() - weight.storage_offset()
+        begin = part.data.storage_offset() - metadata.data.storage_offset()
         inside_start, inside_stop = max(start - begin, 0), min(stop - begin, part.data.numel())
         done = begin + inside_start
         for offset, size in boxes(part.local_shape, inside_start, inside_stop):
             length = math.prod(size)
-            yield _box_of(part, offset, size), done, done + length
+            yield _box_of(part, offset, size, dtype), done, done + length
             done += length
 
 
-def _box_of(part: ShardedTensor, offset: tuple[int, ...], size: tuple[int, ...]) -> ShardedTensor:
+def _box_of(part: ShardedTensor, offset: tuple[int, ...], size: tuple[int, ...], dtype: torch.dtype) -> ShardedTensor:
     """One box of a stored tensor. axis_fragmentations=None: an uneven cut, whose cover of the whole torch checks at save."""
     leading = part.prepend_axis_num
     place = (*part.global_offset[:leading], *(a + b for a, b in zip(part.global_offset[leading:], offset, strict=True)))
     return replace(
         part,
         data=None,
-        dtype=torch.float32,
+        dtype=dtype,
         local_shape=(*(1 for _ in range(leading)), *size),
         global_offset=place,
         axis_fragmentations=None,
@@ -115,7 +126,7 @@ class OptimizerState:
     """The optimizer's state of this rank, in a form that megatron-core's dist_checkpointing saves, or fills."""
 
     def __init__(self, optimizer: Optimizer, model_state: dict[str, Any], loading: bool) -> None:
-        by_weight = {id(item.data): item for item in nested_values(model_state)}
+        known = by_weight(model_state)
         self.tensors: dict[str, ShardedTensor] = {}
         self._loaded: list[tuple[Any, torch.nn.Parameter, dict[str, Tensor]]] = []
         for part, weight, start, stop in own_state(optimizer):
@@ -124,10 +135,10 @@ class OptimizerState:
             tensors = {name: _room_for(value, owned) for name, value in held.items()} if loading else held
             if loading:
                 self._loaded.append((part, weight, tensors))
-            self._add(weight, by_weight[id(weight)], tensors, start, stop)
+            self._add(known[id(weight)], tensors, start, stop)
 
-    def _add(self, weight: torch.nn.Parameter, metadata: Any, tensors: dict[str, Tensor], start: int, stop: int) -> None:
-        for slice_, begin, end in sharded_slices(weight, metadata, start, stop):
+    def _add(self, metadata: Any, tensors: dict[str, Tensor], start: int, stop: int) -> None:
+        for slice_, begin, end in sharded_slices(metadata, start, stop):
             for name, tensor in tensors.items():
                 data = tensor.view(-1)[begin - start : end - start].view(slice_.local_shape)
                 key = f"optimizer.state.{name}.{slice_.key}"
@@ -136,10 +147,48 @@ class OptimizerState:
     @torch.no_grad()
     def apply(self, loaded: dict[str, Tensor]) -> None:
         """Hand loaded slices to the optimizer: its master weights and moments."""
-        for name, tensor in loaded.items():
-            data = self.tensors[name].data
-            assert data is not None
-            if data.data_ptr() != tensor.data_ptr():
-                data.copy_(tensor)
+        _fill(self.tensors, loaded)
         for part, weight, tensors in self._loaded:
             part.optimizer.put(_owned(part, weight), tensors)
+
+
+class Fp8WeightState:
+    """The weights that the model keeps in FP8 alone, as a checkpoint has any weight: in bf16, under the model's own keys.
+
+    They are made of masters, of which each rank saves and loads those that it owns.
+    """
+
+    def __init__(self, optimizer: Optimizer, model_state: dict[str, Any], loading: bool) -> None:
+        known = by_weight(model_state)
+        self.tensors: dict[str, ShardedTensor] = {}
+        self._values: list[tuple[Tensor, Tensor]] = []
+        for part, weight, start, stop in own_state(optimizer):
+            if not is_fp8(weight):
+                continue
+            master = _owned(part, weight)
+            value = torch.empty(master.shape, dtype=torch.bfloat16, device="cpu") if loading else master.bfloat16().cpu()
+            self._values.append((master, value))
+            for slice_, begin, end in sharded_slices(known[id(weight)], start, stop, torch.bfloat16):
+                data = value[begin - start : end - start].view(slice_.local_shape)
+                self.tensors[f"{slice_.key} {slice_.global_offset}"] = replace(slice_, data=data)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """For a sharded state dict; none where there is nothing of it."""
+        return {FP8: self.tensors} if self.tensors else {}
+
+    @torch.no_grad()
+    def apply(self, loaded: dict[str, Tensor]) -> None:
+        """Make masters of loaded slices; FP8 is to be made of them after it."""
+        _fill(self.tensors, loaded)
+        for master, value in self._values:
+            master.copy_(value)
+
+
+def _fill(tensors: dict[str, ShardedTensor], loaded: dict[str, Tensor]) -> None:
+    """Copy loaded slices to their places, where they were not loaded in place."""
+    for name, tensor in loaded.items():
+        data = tensors[name].data
+        assert data is not None
+        if data.data_ptr() != tensor.data_ptr():
+            data.copy_(tensor)

@@ -164,7 +164,7 @@ def gradient_slices(module: torch.nn.Module, place: parallel.Mesh) -> Iterator[t
         flat = item.data.main_grad.view(-1)
         edges = [0, flat.numel() // 3, flat.numel() // 2, flat.numel()]  # as three data-parallel ranks might own it
         for start, stop in itertools.pairwise(edges):
-            for box, begin, end in sharded_slices(item.data, item, start, stop):
+            for box, begin, end in sharded_slices(item, start, stop):
                 yield box, flat[begin:end].view(box.local_shape).clone()
 
 
