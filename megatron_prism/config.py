@@ -133,7 +133,7 @@ class Fp8Config(Block):
     amax_history_len: Positive = 1024
     """steps that delayed scaling looks back"""
     params: bool = False
-    """keep the layers' weights in FP8 alone and gather them so, 1 byte instead of 2: planned for, not trained with yet"""
+    """keep the layers' weights in FP8 alone, with whole fp32 masters, and gather them so, 1 byte instead of 2 (recipe=tensorwise)"""
 
     @property
     def formats(self) -> str:
@@ -141,12 +141,14 @@ class Fp8Config(Block):
         return self.format or ("e4m3" if self.recipe == "blockwise" else "hybrid")
 
     @model_validator(mode="after")
-    def _delayed_scaling_covers_every_layer(self) -> "Fp8Config":
+    def _recipe_can_do_it(self) -> "Fp8Config":
         if self.recipe == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
             raise ValueError(
                 "recipe=delayed scales all layers at once and cannot leave some in bf16 (bf16_layers_at_start, bf16_layers_at_end); "
                 "use recipe=tensorwise or blockwise"
             )
+        if self.params and self.recipe != "tensorwise":
+            raise ValueError(f"params=true with recipe={self.recipe}: only tensorwise scales of weights are made of masters; use recipe=tensorwise")
         return self
 
 

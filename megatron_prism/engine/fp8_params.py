@@ -37,6 +37,11 @@ def make_transposes(weights: Iterable[Any]) -> None:
         post_all_gather_processing(found)
 
 
+def transposes(weights: Iterable[Any]) -> list[Tensor]:
+    """Those of the FP8 weights among these."""
+    return [weight._transpose for weight in weights if is_fp8(weight) and weight._transpose is not None]
+
+
 @dataclass(frozen=True)
 class Owned:
     """The range of one weight that this rank updates."""

@@ -138,8 +138,11 @@ class TrainConfig(Block):
     def _precisions_go_together(self) -> "TrainConfig":
         if self.precision != "bf16" and self.fp8 is not None:
             raise ValueError(f"fp8 works beside bf16, precision={self.precision} is set; use precision=bf16, or fp8=none")
-        if self.fp8 is not None and self.fp8.params:
-            raise ValueError("fp8.params=true is known to planning only: its checkpoints and its optimizer step are not proved yet; leave it false")
+        if self.fp8 is not None and self.fp8.params and self.trainable != "all":
+            raise ValueError(
+                f"fp8.params=true with trainable={self.trainable}: frozen weights would be in FP8 alone, with no master to save them from; "
+                "leave fp8.params false, or use trainable=all"
+            )
         if self.precision != "bf16" and self.optimizer.has_small_types:
             raise ValueError(
                 f"optimizer.gradients, moments and split_master are for bf16 weights, precision={self.precision} is set; leave them at their defaults"

@@ -17,6 +17,7 @@ from megatron_prism.engine import loop
 from megatron_prism.engine.bench.cases import Case
 from megatron_prism.engine.bench.clock import Timeline
 from megatron_prism.engine.data import MicroBatch, SampleReader
+from megatron_prism.engine.fp8_params import transposes
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.step import train_step
 from megatron_prism.errors import UserError
@@ -153,7 +154,7 @@ def free(chunks: Iterable[DistributedDataParallel], optimizer: Any) -> None:
         chunk.config.timers = chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = chunk.config.no_sync_func = None
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             tensors += [buffer.grad_data, buffer.param_data]
-        tensors += [*chunk.parameters(), *chunk.module.buffers()]
+        tensors += [*chunk.parameters(), *chunk.module.buffers(), *transposes(chunk.parameters())]
         for module in chunk.modules():
             getattr(module, "_fp8_workspaces", {}).clear()  # TransformerEngine's FP8 copies of the weights
     for part in optimizer.chained_optimizers:
