@@ -64,7 +64,7 @@ def _stage_memory(model: ModelConfig, plan: ParallelPlan, stage: int, seq_len: i
     return MemoryPlan(
         weights * training.value_bytes + copied * training.fp8_weight_bytes,
         trained * training.gradient_bytes,
-        trained * training.state_bytes // (plan.dp * plan.cp),
+        (trained * training.state_bytes + copied * training.fp8_master_bytes) // (plan.dp * plan.cp),
         _activations(model, plan, stage, seq_len, training),
     )
 

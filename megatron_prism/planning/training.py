@@ -38,12 +38,13 @@ class Training:
 
     @property
     def state_bytes(self) -> int:
-        """Of a weight's master and moments. fp32 weights are their own masters; megatron-core holds the masters beside FP8 weights, whole."""
-        if not self.bf16:
-            return 8
-        if self.fp8 is not None and self.fp8.params:
-            return 4 + (4 if self.optimizer.moments == "bf16" else 8)
-        return self.optimizer.state_bytes
+        """Of a weight's master and moments. fp32 weights are their own masters."""
+        return self.optimizer.state_bytes if self.bf16 else 8
+
+    @property
+    def fp8_master_bytes(self) -> int:
+        """Of an FP8 layer's linear weight beyond `state_bytes`: an FP8 weight is no half of its master, which is whole."""
+        return 2 if self.fp8 is not None and self.fp8.params and self.optimizer.split_master else 0
 
     @property
     def fp8_weight_bytes(self) -> int:
@@ -67,4 +68,6 @@ class Training:
         """Bytes of a weight by kind, in words."""
         copies = " (and 2 of FP8 copies in the layers)" if self.fp8_weight_bytes else ""
         fp8 = " (FP8 and its transpose in the layers)" if self.fp8 is not None and self.fp8.params else copies
-        return f"{self.value_bytes} a weight{fp8}, {self.gradient_bytes} a gradient, {self.state_bytes} of optimizer over the data-parallel ranks"
+        masters = f" ({self.state_bytes + self.fp8_master_bytes} in the layers)" if self.fp8_master_bytes else ""
+        states = f"{self.state_bytes} of optimizer{masters} over the data-parallel ranks"
+        return f"{self.value_bytes} a weight{fp8}, {self.gradient_bytes} a gradient, {states}"
