@@ -27,6 +27,7 @@ SHAPES = {
     "context_curve": (1, {8192, 16384, 32768, 65536, 131072}),
     "context_parallel_64k": (2, {65536}),
     "eight_h200": (8, {8192, 131072}),
+    "fp8_params": (1, {8192}),
 }
 """recipe -> its ranks, and the lengths of its cases"""
 
