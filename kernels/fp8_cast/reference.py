@@ -17,7 +17,9 @@ def largest(masters: Sequence[Tensor]) -> Tensor:
 def scales_of(amaxes: Tensor) -> tuple[Tensor, Tensor]:
     """(scales, their inverses) of weights with these largest absolute values, fp32 [n]; 1 for zero and what is no number, as TransformerEngine."""
     usable = (amaxes > 0) & amaxes.isfinite()
-    scales = (FP8_MAX / torch.where(usable, amaxes, FP8_MAX)).clamp(max=torch.finfo(torch.float32).max)
+    # a tensor over a tensor: torch makes a number over a tensor of the reciprocal, which is off by a bit for a quarter of all bf16 numbers
+    quotient = torch.full_like(amaxes, FP8_MAX) / torch.where(usable, amaxes, FP8_MAX)
+    scales = quotient.clamp(max=torch.finfo(torch.float32).max)
     return scales, scales.reciprocal()
 
 

@@ -27,12 +27,11 @@ from pydantic import BaseModel
 from megatron_prism import artifact
 from megatron_prism.data_prep.history import Continuation, OnChange, go_on
 from megatron_prism.engine import leftovers
-from megatron_prism.engine.fp8_params import is_fp8
 from megatron_prism.engine.integrity import require_whole
 from megatron_prism.engine.mcore import load_sharded, plan_sharded
 from megatron_prism.engine.model import unwrap
 from megatron_prism.engine.optimizer import gather
-from megatron_prism.engine.optimizer_state import FP8, Fp8WeightState, OptimizerState
+from megatron_prism.engine.optimizer_state import FP8, Fp8WeightState, OptimizerState, by_ranges
 from megatron_prism.engine.parallel import Mesh
 from megatron_prism.engine.ranks import on_main
 from megatron_prism.engine.run_folder import STATE, STATE_SCHEMA_VERSION, complete_steps, read_state, step_folder
@@ -123,7 +122,7 @@ def _full_state(engine: Engine) -> dict[str, Any]:
     model = _model_state(engine, scales=_has_scales(engine))
     optimizer = {"groups": engine.optimizer.groups(), "state": OptimizerState(engine.optimizer, model, loading=False).tensors}
     fp8 = Fp8WeightState(engine.optimizer, model, loading=False)
-    return {**_without_fp8(model), **fp8.entry, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}
+    return {**_whole(engine, model), **fp8.entry, "optimizer": optimizer, "rng": _rng_object(engine.mesh)}
 
 
 def gather_weights(engine: Engine) -> None:
@@ -150,14 +149,14 @@ def write_weights(engine: Engine, folder: Path) -> None:
 
     on_main(make)
     model = _model_state(engine, scales=False)
-    save_sharded({**_without_fp8(model), **Fp8WeightState(engine.optimizer, model, loading=False).entry}, folder)
+    save_sharded({**_whole(engine, model), **Fp8WeightState(engine.optimizer, model, loading=False).entry}, folder)
 
 
 def read_weights(engine: Engine, folder: Path) -> None:
     """Put weights that were written sharded, by any layout, where the model's are; of the optimizer, masters of FP8 weights alone follow."""
     model = _model_state(engine, scales=False)
     fp8 = Fp8WeightState(engine.optimizer, model, loading=True)
-    state = load_sharded({**_without_fp8(model), **fp8.entry}, folder)
+    state = load_sharded({**_whole(engine, model), **fp8.entry}, folder)
     _put_weights(engine, state)
     if fp8.tensors:
         fp8.apply(state[FP8])
@@ -183,7 +182,7 @@ def load_all(engine: Engine, checkpoint: Path, checked: bool = False) -> Progres
     model = _model_state(engine, scales)
     optimizer = OptimizerState(engine.optimizer, model, loading=True)
     rng = {"rng": _rng_object(engine.mesh)} if same_layout else {}
-    state = load_sharded({**_without_fp8(model), "optimizer": {"state": optimizer.tensors}, **rng}, checkpoint / SHARDED)
+    state = load_sharded({**_whole(engine, model), "optimizer": {"state": optimizer.tensors}, **rng}, checkpoint / SHARDED)
     _put_weights(engine, state)
     engine.optimizer.load_groups(state["optimizer"]["groups"])
     optimizer.apply(state["optimizer"]["state"])
@@ -270,9 +269,9 @@ def _model_state(engine: Engine, scales: bool) -> dict[str, Any]:
     return states
 
 
-def _without_fp8(model_state: dict[str, Any]) -> dict[str, Any]:
-    """All but the weights that the model keeps in FP8 alone: those are saved and loaded as their masters."""
-    return {chunk: {key: item for key, item in state.items() if not is_fp8(getattr(item, "data", None))} for chunk, state in model_state.items()}
+def _whole(engine: Engine, model_state: dict[str, Any]) -> dict[str, Any]:
+    """All but what each rank saves its own ranges of."""
+    return {chunk: {key: item for key, item in state.items() if not by_ranges(engine.optimizer, item)} for chunk, state in model_state.items()}
 
 
 def _put_weights(engine: Engine, state: dict[str, Any]) -> None:

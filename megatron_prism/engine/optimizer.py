@@ -60,6 +60,8 @@ class Optimizer:
         self.zero_grad = inner.zero_grad
         self.clip_grad = config.clip_grad
         self.memory: MemoryCheck | None = None
+        self.fp8_params = False
+        """whether the model keeps its FP8 layers' weights in FP8 alone"""
         for part in self.chained_optimizers:
             _order_by_type(part)
             part.optimizer = AdamW(part.optimizer.param_groups, config, Fp8Weights(part, groups.dp_cp))
@@ -192,6 +194,7 @@ def build_optimizer(model: list[DistributedDataParallel], config: OptimizerConfi
         if several:
             schedule.grad_sync_func = [chunk.start_grad_sync for chunk in model]
     if model[0].config.fp8_param:
+        optimizer.fp8_params = True
         optimizer.quantise()
         gather(model)
     return optimizer

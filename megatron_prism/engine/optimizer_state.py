@@ -152,10 +152,18 @@ class OptimizerState:
             part.optimizer.put(_owned(part, weight), tensors)
 
 
-class Fp8WeightState:
-    """The weights that the model keeps in FP8 alone, as a checkpoint has any weight: in bf16, under the model's own keys.
+def by_ranges(optimizer: Optimizer, item: Any) -> bool:
+    """Whether each rank saves and loads the range of this weight that it owns, and not one rank the weight: under `fp8.params` the layers' matrices.
 
-    They are made of masters, of which each rank saves and loads those that it owns.
+    Not FP8 ones alone: layers that stay in bf16 share a global tensor with those in FP8, and one tensor is cut in one way.
+    """
+    return optimizer.fp8_params and getattr(item, "key", "").startswith("decoder.layers.") and getattr(getattr(item, "data", None), "ndim", 0) > 1
+
+
+class Fp8WeightState:
+    """The layers' matrices of a model that keeps them in FP8 alone, as a checkpoint has any weight: in bf16, under the model's own keys.
+
+    FP8 ones are made of masters, of which each rank saves and loads those that it owns.
     """
 
     def __init__(self, optimizer: Optimizer, model_state: dict[str, Any], loading: bool) -> None:
@@ -163,12 +171,14 @@ class Fp8WeightState:
         self.tensors: dict[str, ShardedTensor] = {}
         self._values: list[tuple[Tensor, Tensor]] = []
         for part, weight, start, stop in own_state(optimizer):
-            if not is_fp8(weight):
+            metadata = known[id(weight)]
+            if not by_ranges(optimizer, metadata):
                 continue
-            master = _owned(part, weight)
-            value = torch.empty(master.shape, dtype=torch.bfloat16, device="cpu") if loading else master.bfloat16().cpu()
+            master = _owned(part, weight)  # of a bf16 weight its own range
+            dtype = torch.bfloat16 if is_fp8(weight) else master.dtype
+            value = torch.empty(master.shape, dtype=dtype, device="cpu") if loading else master.detach().to(dtype).cpu()
             self._values.append((master, value))
-            for slice_, begin, end in sharded_slices(known[id(weight)], start, stop, torch.bfloat16):
+            for slice_, begin, end in sharded_slices(metadata, start, stop, dtype):
                 data = value[begin - start : end - start].view(slice_.local_shape)
                 self.tensors[f"{slice_.key} {slice_.global_offset}"] = replace(slice_, data=data)
 
@@ -179,7 +189,7 @@ class Fp8WeightState:
 
     @torch.no_grad()
     def apply(self, loaded: dict[str, Tensor]) -> None:
-        """Make masters of loaded slices; FP8 is to be made of them after it."""
+        """Make masters of loaded slices; FP8 is to be made of them after it, and all gathered."""
         _fill(self.tensors, loaded)
         for master, value in self._values:
             master.copy_(value)

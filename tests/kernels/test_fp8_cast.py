@@ -53,6 +53,14 @@ def test_the_largest_value_of_any_weight_becomes_the_largest_of_e4m3():
     assert [int(cast(master, scale).view(torch.float8_e4m3fn).float().abs().max()) for master, scale in zip(found, scales, strict=True)] == [448] * 4
 
 
+def test_a_scale_is_the_nearest_fp32_to_the_quotient_for_every_largest_value_that_bf16_has():
+    """As TransformerEngine's, which asks for this rounding by name."""
+    amaxes = torch.arange(1, 0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    expected = (448.0 / amaxes.double()).clamp(max=torch.finfo(torch.float32).max).float()
+    scales, inverses = scales_of(amaxes)
+    assert torch.equal(scales, expected) and torch.equal(inverses, (1 / expected.double()).float())
+
+
 def test_a_weight_without_values_has_the_scale_one_and_a_tiny_one_a_finite_scale():
     scales, inverses = scales_of(torch.tensor([0.0, torch.inf, torch.nan, 1e-38, 448.0]))
     assert scales.tolist() == [1.0, 1.0, 1.0, torch.finfo(torch.float32).max, 1.0] and inverses.isfinite().all()
