@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_prism.engine import watchdog
 from megatron_prism.engine.data import MicroBatch
+from megatron_prism.engine.fp8_params import stored, transposes
 from megatron_prism.engine.loss import masked_loss
 from megatron_prism.engine.stragglers import Clock
 from megatron_prism.errors import UserError
@@ -199,9 +200,9 @@ def _casts_weights(model: DistributedDataParallel, is_first: bool) -> bool:
 
 def known_by_address(model: torch.nn.Module) -> list[Any]:
     """What a pass reads or writes besides weights, gradients, inputs and sums, and others may replace: FP8 copies of weights (an evaluation drops
-    their transposes), FP8 scales, and the table of rotary angles (a longer text brings a longer one).
+    their transposes), FP8 scales, the table of rotary angles (a longer text brings a longer one), and transposes of weights in FP8 alone.
     """
-    found: list[Any] = []
+    found: list[Any] = [*transposes(model.parameters())]
     for module in model.modules():
         found += [vars(copy).copy() for copy in getattr(module, "_fp8_workspaces", {}).values()]
         found += [dict(getattr(module, name)) for name in ("quantizers", "fp8_meta") if hasattr(module, name)]
@@ -210,13 +211,13 @@ def known_by_address(model: torch.nn.Module) -> list[Any]:
 
 
 def addresses_of(model: torch.nn.Module) -> Callable[[], list[int]]:
-    """What tells where weights, their gradients and the state of delayed scaling lie: a moment's work, for every step."""
+    """What tells where weights, transposes of FP8 ones, gradients and the state of delayed scaling lie: a moment's work, for every step."""
     weights = list(model.parameters())
     trained = [weight for weight in weights if weight.requires_grad]
     metas = [module.fp8_meta for module in model.modules() if hasattr(module, "fp8_meta")]
 
     def look() -> list[int]:
-        tensors = weights + [weight.main_grad for weight in trained]
+        tensors = [*map(stored, weights), *transposes(weights), *(weight.main_grad for weight in trained)]
         scalings = [meta[key] for meta in metas for key in ("scaling_fwd", "scaling_bwd") if key in meta]
         tensors += [getattr(scaling, name) for scaling in scalings for name in ("scale", "amax_history") if hasattr(scaling, name)]
         return [tensor.data_ptr() for tensor in tensors]

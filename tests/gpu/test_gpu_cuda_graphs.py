@@ -29,6 +29,7 @@ IN_SIXTEENS = {"hidden_size": 128, "mamba_n_heads": 16}
 KINDS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "tensorwise": {"fp8__recipe": "tensorwise"},
+    "fp8_params": {"fp8__recipe": "tensorwise", "fp8__params": True},
     "delayed": {"fp8__recipe": "delayed", "fp8__amax_history_len": 4},
     "blockwise": {"fp8__recipe": "blockwise"},
     "small_states": {"optimizer__moments": "bf16", "optimizer__split_master": True, "optimizer__gradients": "bf16"},
@@ -39,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 if fused.installed() is not None:
     KINDS["flash"] = {"attention_backend": "flash"}  # by name: `auto` takes cuDNN in deterministic mode
-CASES = [(kind, 3) for kind in KINDS] + [(kind, 1) for kind in ("bf16", "tensorwise", "delayed", "hybrid")]
+CASES = [(kind, 3) for kind in KINDS] + [(kind, 1) for kind in ("bf16", "tensorwise", "fp8_params", "delayed", "hybrid")]
 STEPS, SAVED = 6, 3
 
 Runs = Callable[[str, int, bool], Path]
@@ -123,7 +124,7 @@ def test_a_run_with_graphs_equals_an_eager_run(runs, captures, kind, micro_batch
     assert captures == [2] * (2 if "fp8__recipe" in KINDS[kind] and micro_batches > 1 else 1), "once, whatever was evaluated between"
 
 
-@pytest.mark.parametrize("kind", ["delayed", "hybrid"])
+@pytest.mark.parametrize("kind", ["fp8_params", "delayed", "hybrid"])
 def test_a_resumed_run_with_graphs_equals_an_unbroken_one(root, runs, kind):
     unbroken = runs(kind, 3, True)
     resumed = root / f"{kind}_resumed"
@@ -134,7 +135,7 @@ def test_a_resumed_run_with_graphs_equals_an_unbroken_one(root, runs, kind):
     assert differing(final_state(resumed), final_state(unbroken)) == []
 
 
-@pytest.mark.parametrize("kind", ["bf16", "tensorwise", "delayed"])
+@pytest.mark.parametrize("kind", ["bf16", "tensorwise", "fp8_params", "delayed"])
 def test_graphs_compute_with_weights_that_are_loaded_after_the_capture(root, runs, captures, kind):
     """As when a run goes back to a checkpoint: steps 4 to 6 twice, the second time nothing but replays, from the same start."""
     unbroken = runs(kind, 3, True)
@@ -157,7 +158,7 @@ def test_graphs_compute_with_weights_that_are_loaded_after_the_capture(root, run
     assert not all(torch.equal(end, begin) for end, begin in zip(ends[0], start, strict=True)), "the steps changed the weights"
 
 
-@pytest.mark.parametrize("kind", ["bf16", "tensorwise"])
+@pytest.mark.parametrize("kind", ["bf16", "tensorwise", "fp8_params"])
 def test_a_replay_of_a_bad_step_has_the_memory_of_the_graphs_and_training_goes_on(root, captures, monkeypatch, kind):
     """A weight is NaN for the length of step 4: the step is left out, and steps 5 and 6 are those of an eager run that left it out."""
     ends, taken = [], []

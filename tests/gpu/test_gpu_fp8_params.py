@@ -5,14 +5,12 @@ Clipping is off where bits are compared: the gradients' norm sums the same squar
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from multirank import run_ranks
 from tiny_models import TINY
 from training import VOCAB_SIZE, differing, final_state, from_random, metrics, recipe, run_cases
 
@@ -41,8 +39,9 @@ SETTINGS: dict[str, Any] = {
     "checkpoint__keep_last": 10,
     "validation__interval": 3,
 }
+SMALL: dict[str, Any] = {"optimizer__moments": "bf16", "optimizer__split_master": "true", "optimizer__gradients": "bf16"}
 PARAMS = {"plain": "false", "params": "true"}
-RANKS = Path(__file__).parent / "fp8_params_ranks.py"
+SHARED = Path(__file__).parents[1] / "laws" / "shared_gpu_runs.py"
 
 
 @pytest.mark.parametrize("cut", [1, 5000, 6 * 512 * 1024 - 7], ids=str)
@@ -73,16 +72,24 @@ def hybrid(root: Path) -> dict[str, str]:
     return {"model__hf_config": str(folder), "model__tokenizer": str(folder)}
 
 
+def with_and_without(kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Cases of `run_cases`: each kind's settings with every value of `fp8.params`."""
+    return {f"{kind} {name}": {"set": {**settings, "fp8__params": value}} for kind, settings in kinds.items() for name, value in PARAMS.items()}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Dense and hybrid, with and without; and, of the dense ones, each gone on from the other's third step."""
     root = tmp_path_factory.mktemp("fp8_params")
     dense = from_random(root, **SHAPE)
-    small = {"optimizer__moments": "bf16", "optimizer__split_master": "true", "optimizer__gradients": "bf16", "micro_batch": 2}
     ends = {"fp8__bf16_layers_at_start": 1, "recompute": "full"}
-    kinds: dict[str, dict[str, Any]] = {"dense": dense, "small": {**dense, **small}, "ends": {**dense, **ends}, "hybrid": hybrid(root)}
-    cases = {f"{kind} {name}": {"set": {**set_, "fp8__params": value}} for kind, set_ in kinds.items() for name, value in PARAMS.items()}
-    run_cases(root, 1, cases, folder=root / "runs", **SETTINGS)
+    kinds: dict[str, dict[str, Any]] = {
+        "dense": dense,
+        "small": {**dense, **SMALL, "micro_batch": 2},
+        "ends": {**dense, **ends},
+        "hybrid": hybrid(root),
+    }
+    run_cases(root, 1, with_and_without(kinds), folder=root / "runs", **SETTINGS)
     (root / "resumed").mkdir()
     for name in PARAMS:
         run = root / "resumed" / name
@@ -115,8 +122,13 @@ def test_a_run_with_weights_in_fp8_is_the_run_without_bit_for_bit(runs, kind):
 
 def test_split_masters_differ_by_ties_of_rounding_alone(runs):
     """A split master's bf16 half rounds ties away from zero, a whole master's to even: the first losses are the same, the last ones near."""
-    found, expected = (metrics(runs[0] / f"small {name}") for name in ("params", "plain"))
-    assert found[0]["loss"] == expected[0]["loss"]
+    nearly_same(*(runs[0] / f"small {name}" for name in PARAMS))
+
+
+def nearly_same(*runs: Path) -> None:
+    """The first loss, and the others within a thousandth."""
+    found, expected = map(metrics, runs)
+    assert len(found) == SETTINGS["steps"] and found[0]["loss"] == expected[0]["loss"]
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected, strict=True)) < 1e-3
 
 
@@ -176,18 +188,41 @@ def test_a_start_from_weights_takes_them_as_bf16_masters(runs, tmp_path):
     same(tmp_path / "runs_1_0" / "params", tmp_path / "runs_1_0" / "plain")
 
 
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dp": {"dp": {}, "small": SMALL},
+    "cp": {"cp": {"parallel__cp": 2}},
+    "pp": {"pp": {"parallel__pp": 2}},
+    "tp": {"tp": {"parallel__tp": 2, "parallel__sp": "true"}},
+}
+"""launches, and the runs in each"""
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """With and without, over two ranks that share this GPU."""
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a launch's runs, with and without, over two ranks that share this GPU."""
     root = tmp_path_factory.mktemp("two_ranks")
-    common = recipe(root, root, **SETTINGS, **from_random(root, **SHAPE))
-    cases = {name: {"set": [f"output={root / name}", f"fp8.params={value}"]} for name, value in PARAMS.items()}
-    (root / "cases.json").write_text(json.dumps({"common": common, "cases": cases}))
-    began = time.monotonic()
-    run_ranks(RANKS, 2, str(root / "cases.json"), timeout=300)
-    print(f"two ranks: {time.monotonic() - began:.0f} s")
-    yield root
+    dense = from_random(root, **SHAPE)
+
+    def runs(launch: str) -> Path:
+        folder = root / launch
+        if not folder.exists():
+            run_cases(
+                root,
+                2,
+                with_and_without({name: {**dense, **more} for name, more in LAYOUTS[launch].items()}),
+                folder=folder,
+                script=SHARED,
+                **SETTINGS,
+            )
+        return folder
+
+    return runs
 
 
-def test_two_ranks_that_share_masters_and_gather_fp8_are_two_ranks_with_bf16_weights_bit_for_bit(two_ranks):
-    same(two_ranks / "params", two_ranks / "plain")
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_two_ranks_that_share_masters_and_gather_fp8_are_two_ranks_with_bf16_weights_bit_for_bit(two_ranks, layout):
+    same(two_ranks(layout) / f"{layout} params", two_ranks(layout) / f"{layout} plain")
+
+
+def test_two_ranks_with_split_masters_differ_by_ties_of_rounding_alone(two_ranks):
+    nearly_same(*(two_ranks("dp") / f"small {name}" for name in PARAMS))
