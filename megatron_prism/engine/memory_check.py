@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_prism.engine.fp8_params import stored
 from megatron_prism.engine.ranks import on_all
+from megatron_prism.kernels.bit_sum import bit_sum
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WHAT = ("the weights that it updates", "its master weights and moments", "its copy of weights that other ranks update")
 
 
@@ -54,8 +54,8 @@ class MemoryCheck:
 
     def _sum(self, tensors: Iterable[Tensor]) -> Tensor:
         """Of all numbers, their bits taken as integers, int64 []: neither order nor place matters, so that sums of parts add up."""
-        sums = [tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
-        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=self.device)
+        found = list(tensors)
+        return bit_sum(found) if found else torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _own(self) -> Iterable[Tensor]:
         return (weight for part in self.parts for weight in part.optimizer.owned())
