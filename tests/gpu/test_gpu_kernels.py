@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_prism.kernels import choice
+from megatron_prism.kernels.bit_sum import bit_sum
 from megatron_prism.kernels.causal_conv1d import causal_conv1d
 from megatron_prism.kernels.causal_conv1d import fused as fused_conv
 from megatron_prism.kernels.gated_norm import gated_norm
@@ -223,3 +224,14 @@ def test_the_gated_norm_kernel_is_the_reference(dtype):
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     for ours, exact in zip(found["fused"], found["reference"], strict=True):
         assert (ours.double() - exact).abs().max() < bound * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count"), [(torch.bfloat16, 1), (torch.float32, 10_000_019), (torch.bfloat16, 50_000_001), (torch.uint8, 2**31 + 4099)]
+)
+def test_the_sum_of_bits_is_torch_s_and_sees_a_bit_at_the_end(dtype, count):
+    tensor = torch.randint(-(2**63), 2**63 - 1, (count * dtype.itemsize // 8 + 1,), device="cuda").view(dtype)[:count]
+    before = bit_sum([tensor, tensor[: count // 2]], impl="fused")
+    assert torch.equal(before, bit_sum([tensor, tensor[: count // 2]], impl="reference"))
+    tensor[-1:].view(torch.uint8)[-1:] ^= 1
+    assert not torch.equal(bit_sum([tensor, tensor[: count // 2]], impl="fused"), before)
