@@ -1,9 +1,14 @@
 """`ssd_scan` on mamba-ssm's Triton kernels (mamba_chunk_scan_combined of 2.3.2.post1).
 
-Owns: what those kernels cannot do (`obstacle`), and the types and layouts that they expect. fp32 inputs are multiplied in TF32 there.
+Owns: what those kernels cannot do (`obstacle`), the types and layouts that they expect, and which of their tiles run where sums must have a fixed
+order. fp32 inputs are multiplied in TF32 there.
 """
 
+import functools
 import importlib.util
+import math
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +48,8 @@ def scan(
     """`ssd_scan` -> (y in x's type, last state in fp32)."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+    if torch.are_deterministic_algorithms_enabled():
+        hold_tiles()
     out = mamba_chunk_scan_combined(
         x_blhp,
         dt_blh,
@@ -60,6 +67,36 @@ def scan(
         return_final_states=return_state,
     )
     return out if return_state else (out, None)
+
+
+@functools.cache
+def hold_tiles() -> None:
+    """From here on each kernel runs in its smallest tiles: sums are cut by tiles, and which are fastest may come out otherwise after a restart.
+
+    mamba-ssm's own deterministic mode does so at import, unless TRITON_CACHE_AUTOTUNING=1, and then starts may overwrite each other's choice.
+    """
+    for kernel in tuned_kernels(modules()):
+        kernel.configs = [smallest(kernel.configs)]
+
+
+def modules() -> list[ModuleType]:
+    """mamba-ssm's, with the kernels of the scan."""
+    from mamba_ssm.ops.triton import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing
+
+    return [ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing]
+
+
+def tuned_kernels(among: list[ModuleType]) -> list[Any]:
+    """Those in modules that come in several configurations, of which Triton takes the one that was fastest when the kernel first ran."""
+    values = [value for module in among for value in vars(module).values()]
+    return [value for value in values if isinstance(getattr(value, "configs", None), list) and len(value.configs) > 1]
+
+
+def smallest(configs: list[Any]) -> Any:
+    """Of Triton's configurations the first with the fewest numbers in a tile and the fewest stages."""
+    return min(
+        configs, key=lambda config: math.prod(size for name, size in config.kwargs.items() if name.startswith("BLOCK_SIZE")) * config.num_stages
+    )
 
 
 def tile(chunk_size: int) -> int:

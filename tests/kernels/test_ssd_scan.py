@@ -3,14 +3,16 @@
 import itertools
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 from megatron_prism.errors import UserError
 from megatron_prism.kernels import choice
-from megatron_prism.kernels.ssd_scan import ssd_scan
+from megatron_prism.kernels.ssd_scan import fused, ssd_scan
 
 Inputs = dict[str, torch.Tensor]
 HEADS, HEAD_DIM, STATE = 4, 3, 5
@@ -170,3 +172,21 @@ def test_a_kernel_that_cannot_run_is_refused_by_name_and_a_fallback_is_told_once
     with caplog.at_level(logging.WARNING):
         assert not any(choice.use_fused("auto", "ssd_scan", OnCuda(), "no library") for _ in range(3))  # type: ignore[arg-type]
     assert [record.getMessage() for record in caplog.records] == ["ssd_scan runs its plain torch reference, slower and with more memory: no library"]
+
+
+def test_where_sums_have_a_fixed_order_each_kernel_runs_in_its_smallest_tiles(monkeypatch):
+    """Triton's own tuned kernels; mamba-ssm, whose kernels they stand for, needs a GPU."""
+
+    def kernel_ptr(x_ptr, BLOCK_SIZE_M, BLOCK_SIZE_N): ...  # noqa: N803
+
+    def config(m: int, n: int, stages: int) -> triton.Config:
+        return triton.Config({"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "OTHER": 1}, num_stages=stages, num_warps=4)
+
+    configs = [config(64, 64, 3), config(16, 64, 5), config(32, 32, 4), config(64, 16, 4), config(16, 64, 4)]
+    tuned = triton.autotune(configs=list(configs), key=["x_ptr"])(triton.jit(kernel_ptr))
+    plain = triton.jit(kernel_ptr)
+    module = SimpleNamespace(tuned=tuned, plain=plain, configs=configs)
+    monkeypatch.setattr(fused, "modules", lambda: [module])
+    fused.hold_tiles.__wrapped__()
+    assert tuned.configs == [configs[2]] and len(configs) == 5
+    assert fused.tuned_kernels([module]) == []
