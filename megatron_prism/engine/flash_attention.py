@@ -87,6 +87,6 @@ def _unproved(deterministic: bool, device: torch.device) -> str | None:
     if fused.installed() != fused.VERSION:
         return f"version {fused.installed()}, and {fused.VERSION} was proved (attention_backend=flash takes it)"
     if deterministic:
-        return "deterministic=true, and that a run goes on bit for bit was proved with cuDNN (attention_backend=flash takes it)"
+        return "deterministic=true, in which nobody measured which is faster (attention_backend=flash takes it)"
     found = torch.cuda.get_device_capability(device)[0]
     return None if found == MEASURED else f"on compute capability {found} nobody measured which is faster (attention_backend=flash takes it)"
