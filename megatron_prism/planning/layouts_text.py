@@ -38,7 +38,7 @@ WORDS = {
 SMALL = OptimizerConfig(gradients="bf16", moments="bf16", split_master=True)
 SMALL_KEYS = "optimizer.gradients=bf16 optimizer.moments=bf16 optimizer.split_master=true"
 CAUTION = (
-    "within 20 % of 85 of 88 runs on one and two H200s, median 4 %; the other three waited for their host and took up to 1.6 times as long as "
+    "within 20 % of 97 of 101 runs on one and two H200s, median 4 %; the other four waited for their host and took up to 1.9 times as long as "
     "predicted; not measured: pipelines, networks, more than two GPUs (docs/plan.md)"
 )
 PARTS = ("weights", "gradients", "optimizer", "activations")
