@@ -59,8 +59,8 @@ class AdamW:
         return plain + [one.data for one in self.fp8.owned]
 
     def states(self) -> list[Tensor]:
-        """What is held beside them: masters and moments."""
-        return [tensor for state in self.state.values() for tensor in state.values()] + [one.master for one in self.fp8.owned]
+        """What is held beside them: masters and moments, and the scales of FP8 weights."""
+        return [tensor for state in self.state.values() for tensor in state.values()] + [one.master for one in self.fp8.owned] + self.fp8.inverses
 
     def initialize(self) -> None:
         """Make the state of every weight."""

@@ -158,8 +158,8 @@ def read_weights(engine: Engine, folder: Path) -> None:
     fp8 = Fp8WeightState(engine.optimizer, model, loading=True)
     state = load_sharded({**_whole(engine, model), **fp8.entry}, folder)
     _put_weights(engine, state)
-    if fp8.tensors:
-        fp8.apply(state[FP8])
+    if engine.optimizer.fp8_params:  # on every rank, also one that owns no range of a weight
+        fp8.apply(state.get(FP8, {}))
         engine.optimizer.quantise()
         gather_weights(engine)
 

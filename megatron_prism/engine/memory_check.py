@@ -18,7 +18,7 @@ from megatron_prism.engine.fp8_params import stored
 from megatron_prism.engine.ranks import on_all
 from megatron_prism.kernels.bit_sum import bit_sum
 
-WHAT = ("the weights that it updates", "its master weights and moments", "its copy of weights that other ranks update")
+WHAT = ("the weights that it updates", "its master weights, moments or FP8 scales", "its copy of weights that other ranks update")
 
 
 class MemoryCheck:

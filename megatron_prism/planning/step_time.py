@@ -131,6 +131,8 @@ class _Step:
         one, count = work.side(False) + work.side(True) + head + sends, plan.num_microbatches
         weights = sum(layer_parameters(self.model, symbol, plan.tp) for layer in layers for symbol in self.model.layer_symbols[layer])
         weights += self._table() * ((stage == 0) + (stage == plan.pp - 1 and not (stage == 0 and self.model.share_embeddings_and_output_weights)))
+        alone = [layer for layer in layers if self.training.fp8_alone and self.training.in_fp8(layer, self.model.num_layers)]
+        in_fp8 = sum(linear_parameters(self.model, symbol, plan.tp) for layer in alone for symbol in self.model.layer_symbols[layer])
         return StepTime(
             **{name: count * sum(getattr(work, name)) for name in _PAIRS},
             recompute=count * work.again,
@@ -138,8 +140,8 @@ class _Step:
             lm_head=count * head,
             pp_exchange=count * sends,
             pp_bubble=(plan.pp - 1) / plan.num_chunks * one,
-            dp_exchange=self._reduction(weights, work),
-            optimizer=self._optimizer(weights),
+            dp_exchange=self._reduction(weights, in_fp8, work),
+            optimizer=self._optimizer(weights, in_fp8),
             overhead=rates.step_overhead_seconds,
         )
 
@@ -236,9 +238,9 @@ class _Step:
         sent = 2 * self.tokens * self.model.hidden_size // (self.plan.tp if self.plan.sp else 1)
         return 2 * self.plan.num_chunks * sent / self.machine.exchange_rate(self.plan.world_size)
 
-    def _reduction(self, weights: int, work: _Work) -> float:
+    def _reduction(self, weights: int, in_fp8: int, work: _Work) -> float:
         """Gradients are scattered beside the last backward pass, weights gathered beside the next step's first forward pass; with CUDA graphs, whose
-        passes hold no exchange, both after them.
+        passes hold no exchange, both after them. in_fp8: weights that are gathered in one byte.
         """
         plan, training = self.plan, self.training
         ranks = plan.dp * plan.cp
@@ -246,17 +248,18 @@ class _Step:
             return 0.0
         rate = self.machine.exchange_rate(plan.tp * ranks, GPUS_PER_NODE // plan.tp)
         away, trained = (ranks - 1) / ranks, self._trained(weights)
-        scatter, gather = trained * training.gradient_bytes * away / rate, trained * training.value_bytes * away / rate
+        scatter, gather = trained * training.gradient_bytes * away / rate, (trained * training.value_bytes - in_fp8) * away / rate
         if training.cuda_graphs:
             return scatter + gather
         return max(scatter - work.side(True), 0.0) + max(gather - work.side(False), 0.0)
 
-    def _optimizer(self, weights: int) -> float:
+    def _optimizer(self, weights: int, in_fp8: int) -> float:
         """AdamW reads the gradient, its states and a split master's other half, and writes states and weight; norm and clearing of gradients."""
         training, rates, trained = self.training, self.machine.rates, self._trained(weights)
         update = training.gradient_bytes + 2 * training.state_bytes + training.value_bytes * (2 if training.optimizer.split_master else 1)
-        own = trained / (self.plan.dp * self.plan.cp)
-        return (own * (update + training.gradient_bytes) + trained * training.gradient_bytes) / rates.memory
+        own, own_in_fp8 = (count / (self.plan.dp * self.plan.cp) for count in (trained, in_fp8))
+        cast = own_in_fp8 * training.fp8_cast_bytes
+        return (own * (update + training.gradient_bytes) + trained * training.gradient_bytes + cast) / rates.memory
 
     def _trained(self, weights: int) -> int:
         if self.training.trainable == "all":

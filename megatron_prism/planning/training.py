@@ -44,12 +44,22 @@ class Training:
     @property
     def fp8_master_bytes(self) -> int:
         """Of an FP8 layer's linear weight beyond `state_bytes`: an FP8 weight is no half of its master, which is whole."""
-        return 2 if self.fp8 is not None and self.fp8.params and self.optimizer.split_master else 0
+        return 2 if self.fp8_alone and self.optimizer.split_master else 0
+
+    @property
+    def fp8_alone(self) -> bool:
+        """Whether FP8 layers' linear weights are in FP8 and nothing else: gathered in 1 byte."""
+        return self.fp8 is not None and self.fp8.params
+
+    @property
+    def fp8_cast_bytes(self) -> int:
+        """That an update moves for such a weight beyond AdamW's: its master read twice, FP8, the transpose read and written; no bf16 weight."""
+        return 0 if not self.fp8_alone else 11 if self.optimizer.split_master else 9
 
     @property
     def fp8_weight_bytes(self) -> int:
         """Of an FP8 layer's linear weight beyond `value_bytes`: its copy and the transpose; with fp8.params they take the bf16 weight's place."""
-        return 0 if self.fp8 is None or self.fp8.params else 2
+        return 0 if self.fp8 is None or self.fp8_alone else 2
 
     def in_fp8(self, layer: int, num_layers: int) -> bool:
         """Whether a layer (from 0) multiplies in FP8."""
@@ -67,7 +77,7 @@ class Training:
     def describe(self) -> str:
         """Bytes of a weight by kind, in words."""
         copies = " (and 2 of FP8 copies in the layers)" if self.fp8_weight_bytes else ""
-        fp8 = " (FP8 and its transpose in the layers)" if self.fp8 is not None and self.fp8.params else copies
+        fp8 = " (FP8 and its transpose in the layers)" if self.fp8_alone else copies
         masters = f" ({self.state_bytes + self.fp8_master_bytes} in the layers)" if self.fp8_master_bytes else ""
         states = f"{self.state_bytes} of optimizer{masters} over the data-parallel ranks"
         return f"{self.value_bytes} a weight{fp8}, {self.gradient_bytes} a gradient, {states}"

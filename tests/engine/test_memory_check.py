@@ -38,7 +38,7 @@ def train(root: Path, name: str, bit: int | None = None, of: str = "weight", bef
     ("kind", "of"), [("fp32", "weight"), ("fp32", "exp_avg"), ("bf16", "weight"), ("bf16", "master_param"), ("split", "master_param")]
 )
 def test_a_flipped_bit_ends_the_run_before_the_next_update_and_names_the_rank(tmp_path: Path, kind: str, of: str) -> None:
-    what = "the weights that it updates" if of == "weight" else "its master weights and moments"
+    what = "the weights that it updates" if of == "weight" else "its master weights, moments or FP8 scales"
     with pytest.raises(FaultyMachineError, match=rf"step 3: memory changed since the last update, by no step of the run \(rank 0 \(.*\): {what}\)"):
         train(tmp_path, "run", bit=0, of=of, check_memory=True, **TYPES[kind])
     assert run_folder.newest(tmp_path / "run") == run_folder.step_folder(tmp_path / "run", 2)

@@ -170,11 +170,19 @@ def test_after_a_step_every_weight_and_its_transpose_are_those_of_transformer_en
     assert len(seen) == 2 * 4 * 4 and all(seen), seen
 
 
-@pytest.mark.parametrize(("of", "what"), [("data", "the weights that it updates"), ("master", "its master weights and moments")])
+@pytest.mark.parametrize(
+    ("of", "what"),
+    [
+        ("data", "the weights that it updates"),
+        ("master", "its master weights, moments or FP8 scales"),
+        ("scale", "its master weights, moments or FP8 scales"),
+    ],
+)
 def test_a_flipped_bit_of_an_fp8_weight_or_its_master_is_found(tmp_path, of, what):
     def flip(run: Any) -> None:
-        tensor = getattr(run.engine.optimizer.chained_optimizers[0].optimizer.fp8.owned[1], of)
-        tensor.view(torch.int8)[70] ^= 1
+        weights = run.engine.optimizer.chained_optimizers[0].optimizer.fp8
+        tensor = weights.inverses[1] if of == "scale" else getattr(weights.owned[1], of)
+        tensor.view(torch.int8)[2] ^= 1
 
     with pytest.raises(FaultyMachineError, match=rf"step 3: memory changed since the last update.*: {what}\)"):
         trained(tmp_path, "run", flip, check_memory=True)
@@ -188,11 +196,12 @@ def test_a_start_from_weights_takes_them_as_bf16_masters(runs, tmp_path):
     same(tmp_path / "runs_1_0" / "params", tmp_path / "runs_1_0" / "plain")
 
 
+TP: dict[str, Any] = {"parallel__tp": 2, "parallel__sp": "true"}
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
-    "dp": {"dp": {}, "small": SMALL},
+    "dp": {"dp": {}, "small": SMALL, "ends": {"fp8__bf16_layers_at_start": 1}},
     "cp": {"cp": {"parallel__cp": 2}},
     "pp": {"pp": {"parallel__pp": 2}},
-    "tp": {"tp": {"parallel__tp": 2, "parallel__sp": "true"}},
+    "tp": {"tp": TP, "hybrid": TP},
 }
 """launches, and the runs in each"""
 
@@ -201,6 +210,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a launch's runs, with and without, over two ranks that share this GPU."""
     root = tmp_path_factory.mktemp("two_ranks")
+    starts = {"hybrid": hybrid(root)}
     dense = from_random(root, **SHAPE)
 
     def runs(launch: str) -> Path:
@@ -209,7 +219,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             run_cases(
                 root,
                 2,
-                with_and_without({name: {**dense, **more} for name, more in LAYOUTS[launch].items()}),
+                with_and_without({name: {**starts.get(name, dense), **more} for name, more in LAYOUTS[launch].items()}),
                 folder=folder,
                 script=SHARED,
                 **SETTINGS,
@@ -219,9 +229,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return runs
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", [*LAYOUTS, "ends", "hybrid"])
 def test_two_ranks_that_share_masters_and_gather_fp8_are_two_ranks_with_bf16_weights_bit_for_bit(two_ranks, layout):
-    same(two_ranks(layout) / f"{layout} params", two_ranks(layout) / f"{layout} plain")
+    folder = two_ranks({"ends": "dp", "hybrid": "tp"}.get(layout, layout))
+    same(folder / f"{layout} params", folder / f"{layout} plain")
 
 
 def test_two_ranks_with_split_masters_differ_by_ties_of_rounding_alone(two_ranks):

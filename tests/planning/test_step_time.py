@@ -10,7 +10,7 @@ from megatron_prism.errors import UserError
 from megatron_prism.planning import rates
 from megatron_prism.planning.flops import forward_flops_by_kind
 from megatron_prism.planning.layout import make_plan
-from megatron_prism.planning.parameters import num_parameters
+from megatron_prism.planning.parameters import linear_parameters, num_parameters
 from megatron_prism.planning.rates import H200
 from megatron_prism.planning.step_time import Machine, StepTime, step_time
 from megatron_prism.planning.training import Training
@@ -129,3 +129,14 @@ def test_with_cuda_graphs_the_whole_exchange_of_dp_shows_and_nothing_else_change
     assert graphs.dp_exchange == pytest.approx(num_parameters(LLAMA_8B) * 6 * 7 / 8 / H200.nvlink, rel=1e-3)
     assert replace(graphs, dp_exchange=0.0) == plain
     assert step(gpus=1, batch=1, training=Training(cuda_graphs=True)) == step(gpus=1, batch=1)
+
+
+def test_weights_in_fp8_alone_are_gathered_in_one_byte_and_cast_by_the_ranks_that_share_masters():
+    """With graphs, so that the whole exchange shows; every layer's linear weights, and neither norms nor tables."""
+    linear = sum(linear_parameters(LLAMA_8B, symbol, 1) for symbols in LLAMA_8B.layer_symbols for symbol in symbols)
+    for split, cast in ((False, 9), (True, 11)):
+        kinds = [Training(fp8=Fp8Config(params=params), cuda_graphs=True, optimizer=OptimizerConfig(split_master=split)) for params in (False, True)]
+        copied, alone = (step(training=training) for training in kinds)
+        assert copied.dp_exchange - alone.dp_exchange == pytest.approx(linear * 7 / 8 / Machine().exchange_rate(8))
+        assert alone.optimizer - copied.optimizer == pytest.approx(cast * linear / 8 / H200.memory)
+        assert replace(alone, dp_exchange=0, optimizer=0) == replace(copied, dp_exchange=0, optimizer=0)
