@@ -102,10 +102,9 @@ def stand_in(folder: Path) -> Path:
 
 def alive(pids: Path) -> list[int]:
     """Of the processes in a file of FAKE_PIDS, those that run."""
-    import psutil
+    from processes import runs
 
-    numbers = [int(pid) for pid in pids.read_text().split()]
-    return [pid for pid in numbers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return [pid for pid in map(int, pids.read_text().split()) if runs(pid)]
 
 
 def main() -> None:

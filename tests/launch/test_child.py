@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import runs
 
 from megatron_prism.launch.child import Child
 
@@ -53,7 +53,7 @@ def test_leaving_early_ends_the_child_and_what_it_started(tmp_path: Path) -> Non
             time.sleep(0.1)
         raise KeyboardInterrupt
     assert child.process.poll() is not None
-    assert not psutil.pid_exists(int(written)) or psutil.Process(int(written)).status() == psutil.STATUS_ZOMBIE
+    assert not runs(int(written))
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptureFixture, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
