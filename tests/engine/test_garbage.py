@@ -52,9 +52,10 @@ def test_inside_nothing_is_collected_but_by_hand_and_what_was_there_is_left_out(
     assert gone() is None
 
 
-def test_without_an_interval_python_collects_as_it_does(collections):
+def test_without_an_interval_python_collects_as_it_does():
+    frozen = gc.get_freeze_count()  # Python 3.12 begins with some
     with garbage.by_hand(None):
-        assert gc.isenabled() and gc.get_freeze_count() == 0
+        assert gc.isenabled() and gc.get_freeze_count() == frozen
 
 
 def test_after_an_error_all_is_as_it_was():
